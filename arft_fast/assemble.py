@@ -1,0 +1,158 @@
+"""From a configuration to the parts of a run. Below this floor nobody sees a ``Config``: parts take named arguments."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from arft_fast.config import Config, ConfigError
+from arft_fast.policy.model import Policy, check_source, load_policy
+from arft_fast.policy.parallel import Ranks
+from arft_fast.policy.tiny import build_tiny
+from arft_fast.rollout.agent import Agent, Limits, SamplingSettings
+from arft_fast.rollout.engine import Engine
+from arft_fast.rollout.teacher import teacher_texts
+from arft_fast.rollout.transformers_engine import TransformersEngine
+from arft_fast.tasks.mat import MatTask
+from arft_fast.tasks.mini_coding import MiniCoding
+from arft_fast.tasks.mini_corpus import corpus_passages
+from arft_fast.tasks.mini_search import MiniSearch
+from arft_fast.tasks.mixture import Mixture
+from arft_fast.tasks.task import Task
+from arft_fast.tools.python_image_code import PythonImageCode
+from arft_fast.tools.sandbox import Sandbox
+from arft_fast.tools.search_index import SearchIndex, build_index
+
+_TOKENIZER_PROMPTS = 600  # a task's items that the tiny policy's tokenizer is trained on
+TASK_NAMES = ("mini_coding", "mini_search", "mat_coding", "mat_search")
+GREEDY = SamplingSettings(temperature=0.0)
+
+
+@contextmanager
+def open_ranks(config: Config) -> Iterator[Ranks]:
+    """This process among its peers; ``train.threads`` applies.
+
+    Raises:
+        ConfigError: a batch cannot be shared among the ranks.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for flag, size in (("train.prompts_per_step", config.train.prompts_per_step), ("cold_start.batch_size", config.cold_start.batch_size)):
+        if size % world:
+            raise ConfigError(f"--{flag} is {size} on {world} ranks (give a multiple of {world})")
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    ranks = Ranks.initialise(config.policy.device)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+@contextmanager
+def open_tasks(config: Config) -> Iterator[Mixture]:
+    """The tasks that ``task.name`` lists, with their live tools; the search index lives as long as the context.
+
+    Raises:
+        ConfigError: an unknown task, or data that is missing or malformed.
+    """
+    settings, tasks = config.task, list[Task]()
+    with tempfile.TemporaryDirectory(prefix="arft-index-") as scratch:
+        for name in settings.name:
+            match name:
+                case "mini_coding":
+                    sandbox = Sandbox(
+                        workers=settings.code_workers,
+                        timeout_s=settings.code_timeout_s,
+                        memory_mib=settings.code_memory_mib,
+                    )
+                    tasks.append(MiniCoding(PythonImageCode(sandbox), seed=config.train.seed))
+                case "mini_search":
+                    path = Path(scratch) / "mini.sqlite"
+                    build_index(path, corpus_passages())
+                    tasks.append(MiniSearch(SearchIndex(path, top_k=settings.top_k), seed=config.train.seed))
+                case "mat_coding" | "mat_search":
+                    tasks.append(_mat_task(name, config))
+                case _:
+                    raise ConfigError(f"--task.name: no task {name!r} (choose among {', '.join(TASK_NAMES)})")
+        yield Mixture(tasks)
+
+
+def _mat_task(name: str, config: Config) -> Task:
+    if config.task.data is None:
+        raise ConfigError(f"--task.data is not given (task {name} reads the MAT data set: give its folder or JSON file)")
+    try:
+        return MatTask(
+            "coding" if name == "mat_coding" else "search",
+            config.task.data,
+            seed=config.train.seed,
+            max_pixels=config.policy.max_pixels,
+            fidelity=config.task.fidelity,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--task.data: {error}") from error
+
+
+def check_policy(config: Config) -> None:
+    """Fail before any work when the policy cannot be loaded.
+
+    Raises:
+        ConfigError: see ``policy.model.check_source``.
+    """
+    if config.policy.model != "tiny":
+        try:
+            check_source(config.policy.model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def open_policy(config: Config, mixture: Mixture, ranks: Ranks) -> Policy:
+    """The policy that ``policy.model`` names; ``tiny`` is written to a folder first and loaded like any other."""
+    settings = config.policy
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    with tempfile.TemporaryDirectory(prefix="arft-tiny-") as scratch:
+        source = settings.model
+        if source == "tiny":
+            texts = [
+                text
+                for task in mixture.by_name.values()
+                for text in teacher_texts(task, _TOKENIZER_PROMPTS, seed=config.train.seed)
+            ]
+            build_tiny(Path(scratch), texts, seed=config.train.seed)
+            source = scratch
+        return load_policy(
+            source,
+            device=ranks.device,
+            dtype=dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            attention=settings.attention,
+            min_pixels=settings.min_pixels,
+            max_pixels=settings.max_pixels,
+            freeze_vision=settings.freeze_vision,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+
+
+def open_engine(config: Config, policy: Policy) -> Engine:
+    """The engine that ``rollout.engine`` names, on the policy's current weights."""
+    return TransformersEngine(policy, slots=config.rollout.slots, max_tokens=config.rollout.max_tokens)
+
+
+def open_agents(
+    config: Config, policy: Policy, engine: Engine, mixture: Mixture, sampling: SamplingSettings | None = None
+) -> dict[str, Agent]:
+    """An agent for each task; ``sampling`` None takes the rollout's."""
+    settings = config.rollout
+    limits = Limits(
+        max_turns=config.task.max_turns,
+        max_turn_tokens=settings.max_turn_tokens,
+        max_tokens=settings.max_tokens,
+        tool_deadline_s=4 * config.task.code_timeout_s + 30,  # waiting for a free worker included
+    )
+    sampling = sampling or SamplingSettings(
+        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+    )
+    return {name: Agent(policy, engine, task, limits, sampling) for name, task in mixture.by_name.items()}

@@ -1,0 +1,282 @@
+"""Every setting of a run: plain frozen dataclasses whose field docstrings are the help (``flags`` fills them).
+
+Floors below 3 never see these classes: they take named arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import tyro
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used. The text is one line: what is wrong, and the remedy in parentheses."""
+
+
+class BadValue(ConfigError):
+    """A setting of the right type with an unusable value; the loader adds the file that it came from."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"--{key} {problem}")
+        self.key, self.problem = key, problem
+
+
+class _Section:
+    """Range checks that name the flag. Settings are compared with ``not (a >= b)``, so that nan fails too."""
+
+    _name: str
+
+    def _refuse(self, name: str, remedy: str) -> NoReturn:
+        raise BadValue(f"{self._name}.{name}", f"is {getattr(self, name)} ({remedy})")
+
+    def _at_least(self, minimum: int, *names: str) -> None:
+        for name in names:
+            if not minimum <= getattr(self, name) < math.inf:
+                self._refuse(name, f"give {minimum} or more")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            if not 0 < getattr(self, name) < math.inf:
+                self._refuse(name, "give a finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(_Section):
+    """Which model learns, and how it is held."""
+
+    _name = "policy"
+
+    model: str = "tiny"
+    """The embedded Qwen2.5-VL of 2M parameters ("tiny"), or a folder or hub name."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; "auto" is cuda where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the computation; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    attention: str = "sdpa"
+    """Attention implementation handed to transformers."""
+    max_pixels: int = 401408
+    """Larger images are scaled down to this many pixels, aspect kept."""
+    min_pixels: int = 3136
+    """Smaller images are scaled up to this many pixels, aspect kept."""
+    freeze_vision: bool = False
+    """Keep the vision tower as it is."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "min_pixels")
+        if self.max_pixels < self.min_pixels:
+            self._refuse("max_pixels", f"give --policy.min_pixels = {self.min_pixels} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(_Section):
+    """What is learned, and the tools of the task."""
+
+    _name = "task"
+
+    name: tuple[str, ...] = ("mini_coding", "mini_search")
+    """Tasks to mix, in equal shares."""
+    data: Path | None = None
+    """Folder of the task's data; None for tasks that make their own."""
+    max_turns: int = 4
+    """Turns of the model in one trajectory."""
+    top_k: int = 1
+    """Passages that one search returns."""
+    code_timeout_s: float = 5.0
+    """Wall time that one piece of the model's code may take."""
+    code_memory_mib: int = 1024
+    """Memory that one piece of the model's code may take."""
+    code_workers: int = 2
+    """Sandbox processes that run the model's code."""
+    fidelity: Literal["faithful", "corrected"] = "corrected"
+    """Rewards as Visual-ARFT released them, quirks included, or with the quirks mended."""
+
+    def __post_init__(self) -> None:
+        if not self.name or len(set(self.name)) < len(self.name):
+            raise BadValue("task.name", f"is {' '.join(self.name) or 'empty'} (give one or more different task names)")
+        self._at_least(1, "max_turns", "top_k", "code_memory_mib", "code_workers")
+        self._positive("code_timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(_Section):
+    """How trajectories are sampled."""
+
+    _name = "rollout"
+
+    engine: Literal["transformers"] = "transformers"
+    """What generates."""
+    group_size: int = 8
+    """Trajectories a prompt (G); their rewards are compared with each other."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are taken at the same temperature."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 = off."""
+    top_p: float = 1.0
+    """Sample within this probability mass; 1 = off."""
+    max_turn_tokens: int = 48
+    """Tokens that the model may write in one turn."""
+    max_tokens: int = 192
+    """Tokens of a whole trajectory: prompt, image, turns and observations."""
+    slots: int = 32
+    """Sequences decoded together."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            self._refuse("group_size", "give 2 or more: an advantage compares samples of one prompt")
+        self._positive("temperature")
+        if not 0 < self.top_p <= 1:
+            self._refuse("top_p", "give a number above 0 and up to 1")
+        self._at_least(0, "top_k")
+        self._at_least(1, "max_turn_tokens", "slots")
+        if self.max_tokens <= self.max_turn_tokens:
+            self._refuse("max_tokens", f"give more than --rollout.max_turn_tokens = {self.max_turn_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStartConfig(_Section):
+    """Imitation of a scripted teacher before GRPO, for a model that does not know the protocol yet."""
+
+    _name = "cold_start"
+
+    steps: int = 400
+    """Updates on clean traces; 0 with --cold_start.slip_steps 0 = no cold start."""
+    batch_size: int = 16
+    """Traces a step, shared equally among the tasks."""
+    learning_rate: float = 1e-3
+    """Peak learning rate on clean traces."""
+    warmup_steps: int = 30
+    """Steps in which the learning rate rises to its peak."""
+    slip_steps: int = 40
+    """Updates after that on a teacher that makes slips, so that there is something left to learn."""
+    slip_rate: float = 0.15
+    """Probability of each kind of slip."""
+    slip_learning_rate: float = 5e-4
+    """Learning rate on traces with slips."""
+    cache: Path | None = Path(".cache/cold_start")
+    """Folder that keeps finished cold starts for the next run; None = off."""
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "steps", "warmup_steps", "slip_steps")
+        self._at_least(1, "batch_size")
+        self._positive("learning_rate", "slip_learning_rate")
+        if not 0 <= self.slip_rate <= 1:
+            self._refuse("slip_rate", "give a probability, 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Section):
+    """GRPO: batch, loss and optimizer."""
+
+    _name = "train"
+
+    steps: int = 40
+    """Updates."""
+    prompts_per_step: int = 4
+    """Prompts (groups) an update, over all ranks."""
+    learning_rate: float = 1e-4
+    """AdamW learning rate at the start; it falls linearly to 0 at the last step."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    kl_beta: float = 0.0
+    """Weight of the k3 KL to the policy before GRPO, frozen; 0 = no reference model."""
+    epsilon: float = 0.2
+    """Clip range of the ratio, 1 - epsilon to 1 + epsilon."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Which standard deviation divides the advantage."""
+    reduction: Literal["grpo", "dapo"] = "grpo"
+    """Mean over tokens, then trajectories (grpo), or over all tokens of the batch (dapo)."""
+    micro_batch_tokens: int = 8192
+    """Tokens in one forward and backward pass."""
+    seed: int = 0
+    """Seed of prompts, sampling and initial weights."""
+    threads: int = 0
+    """CPU threads; 0 = torch's choice."""
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "steps", "weight_decay", "kl_beta", "seed", "threads")
+        self._at_least(1, "prompts_per_step", "micro_batch_tokens")
+        self._positive("learning_rate", "max_grad_norm", "epsilon")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            self._refuse("betas", "give two numbers from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(_Section):
+    """Held-out evaluation."""
+
+    _name = "eval"
+
+    prompts_per_task: int = 32
+    """Held-out prompts a task; 0 = no evaluation."""
+    samples: int = 4
+    """Sampled answers a prompt."""
+    every: int = 0
+    """Training steps between evaluations; 0 = before and after only."""
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "samples")
+        self._at_least(0, "prompts_per_task", "every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run is written."""
+
+    dir: Path | None = None
+    """Folder of the run; None = runs/<recipe>-<time>."""
+    overwrite: bool = False
+    """Replace the run that the folder already holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    recipes: Annotated[tuple[str, ...], tyro.conf.arg(name="config", metavar="NAME|FILE")] = ("mini",)
+    """Recipe: a bundled name or a .toml file. Repeatable; a later one beats an earlier one, a flag beats them all."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def config_json(config: Config) -> str:
+    """Everything as JSON, None as null: for programs that read a run."""
+    return json.dumps(asdict(config), indent=2, default=str) + "\n"
+
+
+def config_toml(config: Config) -> str:
+    """Everything as a recipe: ``--config FILE`` repeats the run, wherever the defaults have moved to.
+
+    ``run`` is left out: where a run is written is no part of what it is, and a repetition gets a folder of its own.
+    """
+    lines = ["# A run's settings, resolved: --config with this file repeats it."]
+    sections = asdict(config)
+    for name in ("policy", "task", "rollout", "cold_start", "train", "eval"):
+        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in sections[name].items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    # TOML has no null; a flag spells it None. JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

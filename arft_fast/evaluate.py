@@ -1,0 +1,79 @@
+"""Evaluate a policy on held-out items: ``python -m arft_fast.evaluate --config mini --policy.model RUN/checkpoint``."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in training
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from arft_fast.assemble import check_policy, open_agents, open_engine, open_policy, open_ranks, open_tasks
+from arft_fast.config import Config, ConfigError
+from arft_fast.flags import load_config, one_line_errors
+from arft_fast.observe.console import Console
+from arft_fast.observe.report import evaluation_table
+from arft_fast.policy.model import Policy
+from arft_fast.policy.parallel import Ranks
+from arft_fast.rewards.compose import DEFAULT_WEIGHTS
+from arft_fast.rollout.agent import SamplingSettings
+from arft_fast.rollout.collect import collect
+from arft_fast.rollout.engine import Engine
+from arft_fast.rollout.evaluation import Evaluation, summarise
+from arft_fast.rollout.stop import StopSignal
+from arft_fast.tasks.mixture import Mixture
+
+GREEDY = SamplingSettings(temperature=0.0)
+
+
+async def evaluate(
+    config: Config, policy: Policy, engine: Engine, mixture: Mixture, ranks: Ranks, stop: StopSignal
+) -> dict[str, Evaluation]:
+    """Held-out episodes, ``sampled`` as in training (``eval.samples`` an item) and ``greedy`` (one an item).
+
+    Raises:
+        Stopped: a stop was requested.
+    """
+    prompts = ranks.share(mixture.eval_prompts(config.eval.prompts_per_task))
+    results = {}
+    for way, sampling, samples in (("sampled", None, config.eval.samples), ("greedy", GREEDY, 1)):
+        agents = open_agents(config, policy, engine, mixture, sampling)
+        episodes = collect(prompts, agents, mixture.by_name, group_size=samples, seed=config.train.seed)
+        groups = await stop.guard(episodes) or []
+        stop.check(ranks)
+        results[way] = summarise(ranks.gather([group.without_images() for group in groups]), DEFAULT_WEIGHTS)
+    return results
+
+
+async def _run(config: Config, ranks: Ranks, mixture: Mixture, stop: StopSignal) -> dict[str, Evaluation]:
+    policy = open_policy(config, mixture, ranks)
+    engine = open_engine(config, policy)
+    try:
+        return await evaluate(config, policy, engine, mixture, ranks, stop)
+    finally:
+        await engine.close()
+        await mixture.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; a setting that cannot be used ends in one line and exit code 2, before any work."""
+    config = load_config(
+        sys.argv[1:] if argv is None else argv,
+        "python -m arft_fast.evaluate",
+        "Play held-out episodes with a policy and print F1, exact match, reward and tool use for each task.",
+    )
+    with one_line_errors(), open_ranks(config) as ranks, StopSignal() as stop:
+        if config.policy.model == "tiny":
+            raise ConfigError("--policy.model is 'tiny', which is untrained here (give a checkpoint folder of a run)")
+        check_policy(config)
+        with open_tasks(config) as mixture:
+            results = asyncio.run(_run(config, ranks, mixture, stop))
+    console = Console(enabled=ranks.main)
+    for way, evaluation in results.items():
+        console.print(evaluation_table(way, evaluation.tasks))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Imitation: supervised steps on teacher episodes, with the template and the policy mask that GRPO uses afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from arft_fast.kernels import linear_logprob
+from arft_fast.policy.forward import collate, hidden_rows
+from arft_fast.policy.model import Policy
+from arft_fast.policy.parallel import Ranks
+from arft_fast.policy.update import Optimizer, StepReport, micro_batches
+from arft_fast.trajectory import Trajectory
+
+
+def imitate(
+    policy: Policy,
+    episode: Callable[[int], Trajectory],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    warmup_steps: int,
+    micro_batch_tokens: int,
+    ranks: Ranks,
+    on_step: Callable[[int, StepReport], None],
+) -> None:
+    """Minimise the mean negative log-prob of the teacher's own tokens; tool text, images and template add nothing.
+
+    Args:
+        episode: the teacher's i-th episode; step s imitates ``s * batch_size`` .. of them, shared among the ranks. They
+            are made as they are needed, so none is seen twice and none is kept.
+        on_step: called after each step with its index and report.
+    """
+    optimizer = Optimizer(
+        policy.trainable_parameters(), learning_rate=learning_rate, total_steps=steps, warmup_steps=warmup_steps,
+        betas=(0.9, 0.98), ranks=ranks,
+    )  # fmt: skip
+    for step in range(steps):
+        mine = [episode(i) for i in ranks.share(range(step * batch_size, (step + 1) * batch_size))]
+        (tokens,) = ranks.sum(sum(e.completion_length for e in mine))
+
+        def backward(mine: Sequence[Trajectory] = mine, tokens: float = tokens) -> float:
+            total = 0.0
+            for picked in micro_batches(mine, micro_batch_tokens):
+                batch = collate(policy, [mine[i] for i in picked])
+                logprobs, _ = linear_logprob(
+                    hidden_rows(policy, batch), policy.head.weight, batch.targets, bias=policy.logit_bias
+                )
+                loss = -logprobs.sum() / tokens
+                loss.backward()
+                total += float(loss.detach())
+            return total
+
+        on_step(step, optimizer.step(backward))

@@ -1,0 +1,194 @@
+"""One optimizer step, and the GRPO update that it serves.
+
+Dimension letters: B trajectories, N sampled tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from arft_fast.kernels import linear_logprob, policy_loss
+from arft_fast.policy.forward import Batch, collate, hidden_rows
+from arft_fast.policy.model import Policy
+from arft_fast.policy.parallel import Ranks
+from arft_fast.trajectory import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    loss: float
+    grad_norm: float
+    """Euclidean norm before clipping, over all ranks' gradient."""
+    learning_rate: float
+    skipped: bool
+    """True: the loss or a gradient was not finite on some rank, and no rank changed its weights."""
+
+
+class Optimizer:
+    """AdamW with warm-up, linear decay, clipping and a finite guard that holds on all ranks at once."""
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        learning_rate: float,
+        total_steps: int,
+        warmup_steps: int = 0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        ranks: Ranks,
+    ) -> None:
+        self._parameters = list(parameters)
+        self._ranks = ranks
+        self._max_grad_norm = max_grad_norm
+        self._adamw = torch.optim.AdamW(self._parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        self._peak, self._warmup, self._total = learning_rate, warmup_steps, total_steps
+        self._steps = 0
+
+    def _learning_rate(self) -> float:
+        """Rises over ``warmup_steps``, then falls linearly to 0 at ``total_steps``; a skipped step counts."""
+        rise = (self._steps + 1) / (self._warmup + 1)
+        fall = (self._total - self._steps) / max(1, self._total - self._warmup)
+        return self._peak * min(rise, max(0.0, fall))
+
+    def step(self, backward: Callable[[], float]) -> StepReport:
+        """Run ``backward`` (it accumulates gradients and returns this rank's loss) and apply the summed gradient."""
+        self._adamw.zero_grad(set_to_none=True)
+        loss = backward()
+        self._ranks.sum_gradients(self._parameters)
+        norm = float(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+        (loss,) = self._ranks.sum(loss)
+        # Both are sums over ranks: every rank sees the same verdict and no rank steps alone.
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        rate = self._learning_rate()
+        self._steps += 1
+        if finite:
+            for group in self._adamw.param_groups:
+                group["lr"] = rate
+            nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, torch.tensor(norm))
+            self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return StepReport(loss=loss, grad_norm=norm, learning_rate=rate, skipped=not finite)
+
+
+def micro_batches(trajectories: Sequence[Trajectory], budget: int) -> Iterator[list[int]]:
+    """Indices of ``trajectories`` in batches of at most ``budget`` padded tokens (at least one), similar lengths together."""
+    batch: list[int] = []
+    for i in sorted(range(len(trajectories)), key=lambda i: (len(trajectories[i].token_ids), i)):
+        if batch and (len(batch) + 1) * len(trajectories[i].token_ids) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoLoss:
+    """Settings of the loss; see ``arft_fast.policy_loss``."""
+
+    beta: float = 0.0
+    """Weight of the k3 KL to the reference."""
+    epsilon: float = 0.2
+    reduction: str = "grpo"
+    temperature: float = 1.0
+    micro_batch_tokens: int = 8192
+
+
+def grpo_update(
+    policy: Policy,
+    reference: Policy | None,
+    optimizer: Optimizer,
+    trajectories: Sequence[Trajectory],
+    advantages: Tensor,
+    settings: GrpoLoss,
+    ranks: Ranks,
+) -> tuple[StepReport, dict[str, float]]:
+    """One on-policy update (arXiv 2402.03300, one step a batch, so the old policy is the policy).
+
+    Args:
+        reference: frozen; needed when ``settings.beta`` > 0.
+        trajectories: this rank's B episodes; masked ones (``infra_failed``) add nothing, not even to a denominator.
+        advantages: [B] float.
+
+    Returns:
+        The step's report and the loss statistics, means over all ranks' sampled tokens: ``entropy``, ``kl`` and
+        ``sampler_gap`` (mean absolute difference of the engine's and the trainer's log-probs).
+    """
+    trains = [i for i, t in enumerate(trajectories) if not t.infra_failed and t.completion_length]
+    sequences, tokens = ranks.sum(len(trains), sum(trajectories[i].completion_length for i in trains))
+    # A zero advantage without a KL term has a zero gradient: its forward pass is saved, the denominators stay.
+    live = [i for i in trains if settings.beta > 0 or float(advantages[i]) != 0.0]
+    sums = dict.fromkeys(("entropy", "kl", "sampler_gap", "tokens"), 0.0)
+
+    def backward() -> float:
+        total = 0.0
+        for picked in micro_batches([trajectories[i] for i in live], settings.micro_batch_tokens):
+            chosen = [live[k] for k in picked]
+            total += _backward_micro_batch(
+                policy, reference, [trajectories[i] for i in chosen], advantages[chosen], settings,
+                denominator=sequences if settings.reduction == "grpo" else tokens, sums=sums,
+            )  # fmt: skip
+        return total
+
+    report = optimizer.step(backward)
+    entropy, kl, gap, seen = ranks.sum(*sums.values())
+    per_token = max(seen, 1.0)
+    return report, {"entropy": entropy / per_token, "kl": kl / per_token, "sampler_gap": gap / per_token}
+
+
+def _backward_micro_batch(
+    policy: Policy,
+    reference: Policy | None,
+    trajectories: Sequence[Trajectory],
+    advantages: Tensor,
+    settings: GrpoLoss,
+    *,
+    denominator: float,
+    sums: dict[str, float],
+) -> float:
+    batch = collate(policy, trajectories)
+    ref_logprobs = None
+    if settings.beta > 0:
+        assert reference is not None, "a KL term needs a reference policy"
+        ref_logprobs = score(reference, batch, settings.temperature)
+    sampler = torch.cat([torch.from_numpy(t.logprobs[t.policy_mask]) for t in trajectories]).to(policy.device)
+    loss, stats = policy_loss(
+        hidden_rows(policy, batch),
+        policy.head.weight,
+        batch.targets,
+        advantages.to(policy.device, torch.float32),
+        cu_seqlens=batch.cu_seqlens,
+        ref_logprobs=ref_logprobs,
+        sampler_logprobs=sampler,
+        bias=policy.logit_bias,
+        temperature=settings.temperature,
+        epsilon_low=settings.epsilon,
+        beta=settings.beta,
+        reduction=settings.reduction,
+        denominator=denominator,
+    )
+    loss.backward()
+    count = len(batch.targets)
+    sums["tokens"] += count
+    for name in ("entropy", "kl", "sampler_gap"):
+        sums[name] += float(stats[name]) * count
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def score(policy: Policy, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """[N] log-probs of the batch's sampled ids; nothing is kept for a backward pass."""
+    hidden = hidden_rows(policy, batch)
+    logprobs, _ = linear_logprob(
+        hidden, policy.head.weight, batch.targets, bias=policy.logit_bias, temperature=temperature
+    )
+    return logprobs

@@ -1,0 +1,28 @@
+"""Rule-based rewards of arXiv 2505.14246: text metrics, step rewards, episode rewards, and their composition."""
+
+from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix, total_reward
+from arft_fast.rewards.episode import GoldStep, episode_rewards
+from arft_fast.rewards.format import coding_format, search_format
+from arft_fast.rewards.similarity import QuerySimilarity, lexical_similarity, thresholded
+from arft_fast.rewards.stepwise import coding_step_rewards, label_accuracy, search_step_rewards
+from arft_fast.rewards.text import Fidelity, exact_match, normalize_answer, token_f1
+
+__all__ = [
+    "DEFAULT_WEIGHTS",
+    "Fidelity",
+    "GoldStep",
+    "QuerySimilarity",
+    "coding_format",
+    "coding_step_rewards",
+    "episode_rewards",
+    "exact_match",
+    "label_accuracy",
+    "lexical_similarity",
+    "normalize_answer",
+    "reward_matrix",
+    "search_format",
+    "search_step_rewards",
+    "thresholded",
+    "token_f1",
+    "total_reward",
+]

@@ -1,0 +1,1 @@
+"""Rollouts: engines that generate, agents that act, and the collection of groups."""

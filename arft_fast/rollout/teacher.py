@@ -1,0 +1,61 @@
+"""Teacher episodes for the cold start, as trajectories that look exactly like live ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from arft_fast.policy.model import Policy
+from arft_fast.rollout.agent import replay
+from arft_fast.tasks.mixture import Mixture
+from arft_fast.tasks.task import Demonstrates, Task
+from arft_fast.trajectory import Trajectory
+
+
+class Teacher:
+    """An endless row of teacher episodes, the tasks in turn, on training items that GRPO does not reach.
+
+    Raises:
+        TypeError: a task has no teacher.
+    """
+
+    def __init__(self, policy: Policy, mixture: Mixture, *, seed: int, slip_rate: float, max_tokens: int) -> None:
+        for task in mixture.by_name.values():
+            if not isinstance(task, Demonstrates):
+                raise TypeError(
+                    f"task {task.name} has no teacher to imitate; set cold_start.steps and cold_start.slip_steps to 0"
+                )
+        self._policy, self._mixture = policy, mixture
+        self._seed, self._slip_rate, self._max_tokens = seed, slip_rate, max_tokens
+
+    def episode(self, index: int) -> Trajectory:
+        """The episode at ``index``: the same whenever it is asked for."""
+        (prompt,) = self._mixture.train_prompts(_TEACHER_ITEMS + index, 1)
+        task = self._mixture.by_name[prompt.task]
+        assert isinstance(task, Demonstrates), "checked above"
+        turns = task.demonstrate(prompt, Random(f"teacher/{self._seed}/{self._slip_rate}/{index}"), self._slip_rate)
+        return replay(self._policy, prompt, turns, self._max_tokens)
+
+
+_TEACHER_ITEMS = 1_000_000_000  # far behind any index that a run reaches
+
+
+def teacher_texts(task: Task, count: int, *, seed: int) -> list[str]:
+    """What a small tokenizer should know of ``task``: prompts, roles, whole episodes and the scaffold's own words.
+
+    Raises:
+        TypeError: the task has no teacher.
+    """
+    if not isinstance(task, Demonstrates):
+        raise TypeError(f"task {task.name} has no teacher to build the tiny policy from; give policy.model")
+    rng = Random(f"tokenizer/{task.name}/{seed}")
+    texts = list(task.scaffold_texts())
+    for index in range(count):
+        prompt = task.train_prompt(_TEACHER_ITEMS + index)
+        for message in prompt.messages:
+            content = message["content"]
+            texts.append(message["role"])
+            texts += [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+        for turn in task.demonstrate(prompt, rng, slip_rate=0.1):
+            texts += [turn.role, turn.text]
+    return texts

@@ -1,0 +1,164 @@
+"""A run's memory: what every step did, the checkpoints worth keeping, and the summary at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from arft_fast.config import Config
+from arft_fast.observe.console import Console
+from arft_fast.observe.metrics import group_metrics
+from arft_fast.observe.report import reward_png, summary_table
+from arft_fast.observe.run_folder import RunFolder, run_path
+from arft_fast.policy.checkpoint import replace_checkpoint
+from arft_fast.policy.model import Policy
+from arft_fast.policy.parallel import Ranks
+from arft_fast.policy.update import StepReport
+from arft_fast.rewards.compose import DEFAULT_WEIGHTS
+from arft_fast.rollout.evaluation import Evaluation, gains
+from arft_fast.trajectory import Group, Trajectory
+
+Evaluations = Mapping[str, Evaluation]
+"""By way of sampling: ``sampled``, ``greedy``."""
+
+
+def open_run(config: Config, ranks: Ranks) -> Run:
+    """The run's folder, claimed before any work, and its console.
+
+    Raises:
+        ConfigError: the folder holds a run already or cannot be written.
+    """
+    (path,) = ranks.gather([run_path(config)])[:1]  # the default name holds the time: rank 0's
+    folder = RunFolder(path, config, rank=ranks.rank)
+    console = Console(enabled=ranks.main)
+    console.banner(
+        [
+            f"tasks {', '.join(config.task.name)}   policy {config.policy.model}   {ranks.world} rank(s) on {ranks.device}",
+            f"run folder {path}",
+        ]
+    )
+    return Run(config, folder, console, ranks)
+
+
+class Run:
+    """Records for one run; all ranks call it, rank 0 writes (each rank its own trajectories)."""
+
+    def __init__(self, config: Config, folder: RunFolder, console: Console, ranks: Ranks) -> None:
+        self.folder, self.console = folder, console
+        self._config, self._ranks = config, ranks
+        self._started = self._step_started = time.perf_counter()
+        self._rewards: list[float] = []
+        self._tokens = 0.0
+        self._best: float | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder.path / "checkpoint"
+
+    def step(self, step: int, groups: Sequence[Group], report: StepReport, stats: dict[str, float]) -> dict[str, float]:
+        """Write one step down; returns its metrics (the same on every rank)."""
+        self.trajectories("train", step, groups)
+        everywhere = self._ranks.gather([group.without_images() for group in groups])
+        metrics = group_metrics(everywhere, DEFAULT_WEIGHTS)
+        self._tokens += metrics["num_tokens"]
+        now = time.perf_counter()
+        metrics |= {
+            "num_tokens": self._tokens,
+            **stats,
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "skipped": float(report.skipped),
+            "step_time": now - self._step_started,
+        }
+        self._step_started = now
+        self._rewards.append(metrics["reward"])
+        self.folder.log_metrics(step, metrics)
+        if report.skipped:
+            self.console.print(f"step {step}: loss {report.loss} or gradient not finite; the update was skipped")
+        return metrics
+
+    def trajectories(self, phase: str, step: int, groups: Sequence[Group]) -> None:
+        """Write this rank's trajectories down, images as files."""
+        for group in groups:
+            for trajectory in group.trajectories:
+                images = [*group.prompt.images, *(image for turn in trajectory.turns for image in turn.images)]
+                self.folder.log_trajectory(_record(phase, step, trajectory), images)
+
+    def evaluated(self, step: int, policy: Policy, evaluations: Evaluations) -> None:
+        """Write an evaluation down; the policy with the best sampled reward is kept beside the final one."""
+        for way, evaluation in evaluations.items():
+            for task, figures in evaluation.tasks.items():
+                self.folder.log_metrics(step, {f"eval/{way}/{task}/{name}": value for name, value in figures.items()})
+        reward = evaluations["sampled"].reward
+        if self._best is None or reward > self._best:
+            self._best = reward
+            self.save(policy, "checkpoint-best")
+        self._step_started = time.perf_counter()
+
+    def save(self, policy: Policy, name: str = "checkpoint") -> None:
+        """Write the policy as a folder that ``from_pretrained`` loads."""
+        if self._ranks.main:
+            replace_checkpoint(policy, self.folder.path / name)
+        self._ranks.barrier()
+
+    def finish(self, before: Evaluations | None, after: Evaluations | None, *, stopped: bool) -> None:
+        """Write ``summary.json`` and ``reward.png``, and show what training changed."""
+        first, last = self._rewards[:10], self._rewards[-10:]
+        summary: dict[str, Any] = {
+            "steps": len(self._rewards),
+            "stopped": stopped,
+            "reward_first10": sum(first) / len(first) if first else None,
+            "reward_last10": sum(last) / len(last) if last else None,
+            "eval_before": {way: e.reward for way, e in before.items()} if before else None,
+            "eval_after": {way: e.reward for way, e in after.items()} if after else None,
+        }
+        if before and after:
+            summary["tasks"] = {
+                way: {"before": before[way].tasks, "after": after[way].tasks} for way in ("sampled", "greedy")
+            }
+            summary["tool_gain"] = gains(before["sampled"], after["sampled"])
+        summary["seconds"] = time.perf_counter() - self._started
+        self.folder.write_summary(summary)
+        if self._ranks.main and self._rewards:
+            reward_png(self.folder.path / "metrics.jsonl", self.folder.path / "reward.png")
+        if before and after:
+            for way in ("sampled", "greedy"):
+                self.console.print(f"{way}:", summary_table(before[way].tasks, after[way].tasks))
+            for tool, (gain, share) in summary["tool_gain"].items():
+                self.console.print(f"{tool}: {gain:+.3f} reward on its own task, {share:.0%} of the gain")
+        if self._rewards:
+            self.console.print(
+                f"reward (of 2): first 10 steps {summary['reward_first10']:.3f}, last 10 {summary['reward_last10']:.3f}"
+            )
+        self.console.print(f"{summary['seconds']:.0f} s; everything is in {self.folder.path}")
+
+
+def _record(phase: str, step: int, trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        "phase": phase,
+        "step": step,
+        "uid": trajectory.prompt.uid,
+        "sample": trajectory.sample,
+        "messages": list(trajectory.prompt.messages),
+        "gold": dict(trajectory.prompt.gold),
+        "turns": [
+            {
+                "role": turn.role,
+                "text": turn.text,
+                "images": len(turn.images),
+                "tool": turn.tool,
+                "failed": turn.failed,
+                "seconds": turn.seconds,
+            }
+            for turn in trajectory.turns
+        ],
+        "ending": trajectory.ending.value,
+        "rewards": trajectory.rewards,
+        "reward": trajectory.total_reward(DEFAULT_WEIGHTS),
+        "completion_length": trajectory.completion_length,
+        "tokens": len(trajectory.token_ids),
+        "weight_version": trajectory.weight_version,
+    }

@@ -1,0 +1,57 @@
+"""What a task is: prompts, tools, the scaffold's words and the rewards of one kind of episode.
+
+An episode alternates model turns and observations::
+
+    generate -> protocol.parse_turn -> tools[action.kind].call -> observe -> generate ...
+
+until the model answers, a budget ends, or (stepwise mode) its first turn is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Protocol, runtime_checkable
+
+from arft_fast.protocol import Action
+from arft_fast.tools.tool import Tool, ToolResult
+from arft_fast.trajectory import Prompt, Trajectory, Turn
+
+
+class Task(Protocol):
+    """One kind of episode. Prompts are a pure function of their index, so that a run can be repeated."""
+
+    name: str
+    stepwise: bool
+    """True: a trajectory is one teacher-forced step; no tool runs (arXiv 2505.14246 as its authors trained it)."""
+    tools: Mapping[str, Tool]
+    """Tools by action kind (``code``, ``search``). A kind that is missing here is answered by ``observe`` alone."""
+
+    def train_prompt(self, index: int) -> Prompt:
+        """The training item at ``index`` >= 0; the stream does not end (finite data repeats, reshuffled each epoch)."""
+        ...
+
+    def eval_prompts(self, count: int) -> Sequence[Prompt]:
+        """``count`` held-out items, the same at every call; fewer when the task holds fewer."""
+        ...
+
+    def observe(self, action: Action, result: ToolResult | None) -> str:
+        """The text of the observation that follows ``action``; ``result`` is None where no tool is bound."""
+        ...
+
+    def reward(self, trajectory: Trajectory) -> dict[str, float]:
+        """Reward components of a finished trajectory. ``format`` and ``accuracy`` train, [0, 1] each; others report."""
+        ...
+
+
+@runtime_checkable
+class Demonstrates(Protocol):
+    """A task with a teacher: what cold start imitates."""
+
+    def demonstrate(self, prompt: Prompt, rng: Random, slip_rate: float = 0.0) -> Sequence[Turn]:
+        """The teacher's whole episode. With ``slip_rate`` p, each label, answer, name and format is wrong with p."""
+        ...
+
+    def scaffold_texts(self) -> Sequence[str]:
+        """Every fixed text that the task can put before a model: what a small tokenizer should know."""
+        ...

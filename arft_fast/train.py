@@ -1,0 +1,109 @@
+"""Train a policy by GRPO on live tool use: ``torchrun -m arft_fast.train [--config RECIPE] [--section.name value ...]``.
+
+One step: prompts -> G trajectories each -> rewards -> group advantages -> one update -> the engine's new weights.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle math threads leave the cores to the tools' processes
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from arft_fast.assemble import check_policy, open_agents, open_engine, open_policy, open_ranks, open_tasks
+from arft_fast.cold_start import cold_start
+from arft_fast.config import Config
+from arft_fast.evaluate import evaluate
+from arft_fast.flags import load_config, one_line_errors
+from arft_fast.kernels import group_advantage
+from arft_fast.policy.parallel import Ranks
+from arft_fast.policy.update import GrpoLoss, Optimizer, grpo_update
+from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
+from arft_fast.rollout.collect import collect
+from arft_fast.rollout.stop import Stopped, StopSignal
+from arft_fast.run import Evaluations, Run, open_run
+from arft_fast.tasks.mixture import Mixture
+from arft_fast.trajectory import Group
+
+
+async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: StopSignal) -> None:
+    """The whole run: cold start, evaluation, GRPO, evaluation, checkpoint."""
+    settings = config.train
+    policy = open_policy(config, mixture, ranks)
+    before: Evaluations | None = None
+    after: Evaluations | None = None
+    stopped = False
+    engine = open_engine(config, policy)
+    try:
+        cold_start(config, policy, mixture, ranks, run.console, stop)
+        reference = policy.frozen_copy() if settings.kl_beta > 0 else None
+        agents = open_agents(config, policy, engine, mixture)
+        optimizer = Optimizer(
+            policy.trainable_parameters(), learning_rate=settings.learning_rate, total_steps=settings.steps,
+            betas=settings.betas, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm, ranks=ranks,
+        )  # fmt: skip
+        loss = GrpoLoss(
+            beta=settings.kl_beta, epsilon=settings.epsilon, reduction=settings.reduction,
+            temperature=config.rollout.temperature, micro_batch_tokens=settings.micro_batch_tokens,
+        )  # fmt: skip
+        before = await evaluate(config, policy, engine, mixture, ranks, stop)
+        run.evaluated(0, policy, before)
+        with run.console.progress("step", settings.steps) as progress:
+            for step in range(settings.steps):
+                start = step * settings.prompts_per_step
+                prompts = ranks.share(mixture.train_prompts(start, settings.prompts_per_step))
+                rollout = collect(prompts, agents, mixture.by_name, group_size=config.rollout.group_size, seed=settings.seed)
+                groups = await stop.guard(rollout) or []
+                stop.check(ranks)
+                advantages = compare(groups, settings.scale_rewards, ranks)
+                trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+                report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
+                engine.load_weights(step + 1)
+                metrics = run.step(step, groups, report, stats)
+                progress.advance(reward=metrics["reward"], entropy=metrics["entropy"])
+                if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < settings.steps:
+                    run.evaluated(step + 1, policy, await evaluate(config, policy, engine, mixture, ranks, stop))
+        after = await evaluate(config, policy, engine, mixture, ranks, stop)
+        run.evaluated(settings.steps, policy, after)
+    except Stopped:
+        stopped = True
+        run.console.print("stopped on request; saving")
+    finally:
+        await engine.close()
+        await mixture.close()
+    run.save(policy)
+    run.finish(before, after, stopped=stopped)
+
+
+def compare(groups: Sequence[Group], scale: str, ranks: Ranks) -> torch.Tensor:
+    """Advantages [B] of this rank's trajectories; statistics of the batch, where asked for, are over all ranks."""
+    names = list(DEFAULT_WEIGHTS)
+    mine = reward_matrix(groups, names)
+    everywhere = torch.tensor(ranks.gather(mine.tolist()), dtype=torch.float32)
+    weights = torch.tensor([DEFAULT_WEIGHTS[name] for name in names])
+    result = group_advantage(everywhere, len(groups[0].trajectories), weights=weights, scale=scale)
+    before = sum(ranks.gather([len(mine)])[: ranks.rank])
+    return result.advantages[before : before + len(mine)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; a setting that cannot be used ends in one line and exit code 2, before any work."""
+    config = load_config(
+        sys.argv[1:] if argv is None else argv,
+        "torchrun -m arft_fast.train",
+        "Train a vision-language model by GRPO to use tools (Visual-ARFT, arXiv 2505.14246).",
+    )
+    with one_line_errors(), open_ranks(config) as ranks, StopSignal() as stop:
+        check_policy(config)
+        with open_tasks(config) as mixture:
+            run = open_run(config, ranks)
+            asyncio.run(train(config, ranks, mixture, run, stop))
+
+
+if __name__ == "__main__":
+    main()

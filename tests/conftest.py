@@ -1,0 +1,60 @@
+"""Shared pieces: one untrained tiny policy with the mini tasks, built once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from arft_fast.policy.model import Policy, load_policy
+from arft_fast.policy.tiny import build_tiny
+from arft_fast.rollout.teacher import teacher_texts
+from arft_fast.tasks.mini_coding import MiniCoding
+from arft_fast.tasks.mini_corpus import corpus_passages
+from arft_fast.tasks.mini_search import MiniSearch
+from arft_fast.tasks.mixture import Mixture
+from arft_fast.tools.python_image_code import PythonImageCode
+from arft_fast.tools.sandbox import Sandbox
+from arft_fast.tools.search_index import SearchIndex, build_index
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Mini:
+    """The mini tasks around one search index; ``mixture`` makes a fresh sandbox, which belongs to one event loop."""
+
+    index: SearchIndex
+
+    def mixture(self) -> Mixture:
+        return Mixture([MiniCoding(PythonImageCode(Sandbox(workers=1))), MiniSearch(self.index)])
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mini]:
+    path = tmp_path_factory.mktemp("index") / "mini.sqlite"
+    build_index(path, corpus_passages())
+    yield Mini(SearchIndex(path, top_k=1))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved, untrained tiny policy."""
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = [text for task in mini.mixture().by_name.values() for text in teacher_texts(task, 200, seed=0)]
+    build_tiny(folder, texts, seed=0)
+    return folder
+
+
+@pytest.fixture
+def policy(tiny_folder: Path) -> Policy:
+    """The tiny policy, loaded anew: a test may change its weights."""
+    return load_policy(tiny_folder, device=torch.device("cpu"), dtype=torch.float32)

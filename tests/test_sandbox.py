@@ -1,0 +1,582 @@
+"""Each test attacks one property of the sandbox, most of them also as a kernel without namespaces and Landlock."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from arft_fast.tools.sandbox import Sandbox, SandboxResult, confine, frame
+from arft_fast.tools.tool import InfraFault
+
+TIMEOUT_S = 1.5
+LATE_S = 0.5
+OUTPUT_BYTES = 4096
+
+
+class BareSandbox(Sandbox):
+    """What is left where the kernel refuses namespaces and Landlock."""
+
+    _try = ()
+
+
+class Running:
+    """A started sandbox with its loop, called from plain tests."""
+
+    def __init__(self, sandbox: Sandbox, runner: asyncio.Runner) -> None:
+        self.sandbox = sandbox
+        self._runner = runner
+
+    def __call__(
+        self, code: str, files: Mapping[str, bytes] | None = None, collect: Sequence[str] = ()
+    ) -> SandboxResult:
+        return self._runner.run(self.sandbox.run(code, files or {}, collect))
+
+    @property
+    def processes(self) -> set[int]:
+        return processes_of(self.sandbox)
+
+
+def processes_of(sandbox: Sandbox) -> set[int]:
+    """The zygotes and whatever was forked from them: all carry the sandbox's directory in their command line."""
+    assert sandbox._root is not None
+    return processes_with(sandbox._root.name)
+
+
+def processes_with(mark: str) -> set[int]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if mark.encode() in (entry / "cmdline").read_bytes():
+                    found.add(int(entry.name))
+            except OSError:  # it ended while we looked
+                continue
+    return found
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 2.0) -> bool:
+    until = time.monotonic() + within_s
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.fixture(scope="module", params=[Sandbox, BareSandbox], ids=["all-layers", "bare"])
+def run(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARFT_TEST_SECRET", "swordfish")
+        sandbox = request.param(workers=1, timeout_s=TIMEOUT_S, memory_mib=512, output_bytes=OUTPUT_BYTES)
+        runner.run(sandbox.start())
+        yield Running(sandbox, runner)
+        runner.run(sandbox.close())
+
+
+def need(run: Running, *layers: str) -> None:
+    missing = set(layers) - set(run.sandbox.layers)
+    if missing:
+        pytest.skip(f"not active here: {', '.join(sorted(missing))}")
+
+
+# --- what works
+
+
+def test_files_go_in_and_out(run: Running) -> None:
+    result = run("open('b', 'wb').write(open('a', 'rb').read()[::-1])", {"a": b"\x00abc"}, ["b", "missing"])
+    assert (result.error, result.files) == (None, {"b": b"cba\x00"})
+
+
+def test_numpy_and_pillow_work_with_lazy_imports(run: Running) -> None:
+    code = """
+import json, numpy as np, statistics
+from PIL import Image, ImageDraw, ImageOps
+image = ImageOps.mirror(Image.fromarray(np.zeros((8, 6, 3), dtype=np.uint8)))
+image.rotate(90, expand=True).save("out.png")
+print(json.dumps(Image.open("out.png").size), np.linalg.inv(np.eye(3)).sum())
+"""
+    result = run(code)
+    assert (result.error, result.stdout) == (None, "[8, 6] 3.0\n")
+
+
+def test_output_streams_are_kept_apart(run: Running) -> None:
+    result = run("import sys\nprint('out')\nprint('err', file=sys.stderr)")
+    assert (result.stdout, result.stderr, result.error) == ("out\n", "err\n", None)
+
+
+def test_calls_share_no_state(run: Running) -> None:
+    run("import builtins, os\nbuiltins.leak = 1\nos.environ['LEAK'] = '1'\nopen('leak', 'w').close()\nx = 1")
+    result = run(
+        "import builtins, os\nprint(hasattr(builtins, 'leak'), 'LEAK' in os.environ, os.listdir(), 'x' in globals())"
+    )
+    assert result.stdout == "False False [] False\n"
+
+
+def test_the_callers_future_imports_do_not_leak_into_the_code(run: Running) -> None:
+    assert run("def f(x: undefined): pass").error == "NameError: name 'undefined' is not defined"
+
+
+def test_the_required_layers_are_reported(run: Running) -> None:
+    assert set(confine.REQUIRED_LAYERS) <= set(run.sandbox.layers)
+
+
+# --- how code fails
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("x = (", "SyntaxError: '(' was never closed"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("import sys; sys.exit('reason')", "reason"),
+        ("import sys; sys.exit(3)", "exited with status 3"),
+        ("import sys; sys.exit()", None),
+        ("import os; os._exit(5)", "exited with status 5"),
+        ("import ctypes; ctypes.string_at(0)", "killed by SIGSEGV"),
+        ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
+        ("b = bytearray(3 << 30)", "MemoryError"),
+        ("l = []\nwhile True: l.append(bytearray(1 << 20))", "MemoryError"),
+        ("import os\nos.close(1); os.close(2); 1 / 0", "ZeroDivisionError: division by zero"),
+        ("a\0b", "SyntaxError: source code string cannot contain null bytes"),
+        (
+            "'\udc00'",
+            "UnicodeEncodeError: 'utf-8' codec can't encode character '\\udc00' in position 1: surrogates not allowed",
+        ),
+        ("import os; os.close(3); 1 / 0", "exited with status 1"),
+    ],
+)
+def test_an_error_is_one_line(run: Running, code: str, error: str | None) -> None:
+    assert run(code).error == error
+    assert run("print('next')").stdout == "next\n"
+
+
+def test_the_traceback_shows_the_code_only(run: Running) -> None:
+    stderr = run("def f():\n    raise KeyError('k')\nf()").stderr
+    assert 'File "<code>", line 2, in f' in stderr
+    assert "zygote" not in stderr
+
+
+# --- time
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import signal\nfor s in set(signal.Signals) - {9, 19}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(60)",
+        "10 ** 10 ** 8",
+        "import threading\nthreading.Thread(target=threading.Event().wait).start()\nthreading.Event().wait()",
+    ],
+    ids=["loop", "sleep", "signals-ignored", "stopped", "in-c", "threads"],
+)
+def test_the_deadline_ends_it(run: Running, code: str) -> None:
+    started = time.monotonic()
+    result = run(code)
+    assert time.monotonic() - started < TIMEOUT_S + LATE_S
+    assert result.timed_out and result.error == f"timed out after {TIMEOUT_S} s"
+
+
+def test_what_was_printed_before_the_deadline_is_kept(run: Running) -> None:
+    assert run("print('before')\nwhile True: pass").stdout == "before\n"
+
+
+# --- output
+
+
+def test_standard_output_is_bounded(run: Running) -> None:
+    result = run("import sys\nfor i in range(20_000): print(i, 'x' * 100)")
+    assert result.error is None
+    assert len(result.stdout) == OUTPUT_BYTES and result.stdout.startswith("0 xxx")
+
+
+def test_endless_output_ends_at_the_deadline(run: Running) -> None:
+    result = run("import os\nwhile True: os.write(1, b'y' * 65536)")
+    assert result.timed_out and result.stdout == "y" * OUTPUT_BYTES
+
+
+def test_a_flood_does_not_hide_the_error(run: Running) -> None:
+    result = run("import sys\nsys.stderr.write('x' * 300_000)\n1 / 0")
+    assert len(result.stderr) == OUTPUT_BYTES and result.stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert result.error == "ZeroDivisionError: division by zero"
+
+
+def test_undecodable_output_is_replaced(run: Running) -> None:
+    assert run("import os; os.write(1, b'a\\xffb')").stdout == "a\N{REPLACEMENT CHARACTER}b"
+
+
+def test_a_huge_file_cannot_be_written(run: Running) -> None:
+    result = run("with open('f', 'wb') as f:\n    for _ in range(100): f.write(bytes(1 << 20))")
+    assert result.error == "OSError: [Errno 27] File too large"
+
+
+def test_an_output_file_over_the_cap_is_refused(run: Running) -> None:
+    result = run("open('f', 'wb').truncate((8 << 20) + 1)", collect=["f"])
+    assert (result.files, result.error) == ({}, "f has 8388609 bytes, more than 8388608")
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import os; os.mkfifo('f')", "f is not a regular file"),
+        ("import os; os.mkdir('f')", "f is not a regular file"),
+        ("import os; os.symlink('/etc/hostname', 'f')", "f cannot be read: Too many levels of symbolic links"),
+    ],
+    ids=["fifo", "directory", "link"],
+)
+def test_only_a_regular_file_is_collected(run: Running, code: str, error: str) -> None:
+    result = run(code, collect=["f"])
+    assert (result.files, result.error) == ({}, error)
+
+
+# --- what the code can reach
+
+
+def test_the_environment_is_scrubbed(run: Running) -> None:
+    assert os.environ["ARFT_TEST_SECRET"] == "swordfish"
+    code = """
+import os
+seen = str(dict(os.environ))
+for pid in ("self", os.getppid()):
+    try:
+        seen += open(f"/proc/{pid}/environ").read()
+    except OSError:
+        pass
+print("PATH" in seen, "swordfish" in seen)
+"""
+    assert run(code).stdout == "True False\n"
+
+
+def test_no_descriptor_is_inherited(run: Running) -> None:
+    code = """
+import os
+def is_open(fd):
+    try:
+        return bool(os.fstat(fd))
+    except OSError:
+        return False
+print([fd for fd in range(64) if is_open(fd)])
+"""
+    assert run(code).stdout == "[0, 1, 2, 3]\n", "3 carries the error line and nothing else"
+
+
+def test_standard_input_is_empty(run: Running) -> None:
+    assert run("print(repr(__import__('sys').stdin.read()))").stdout == "''\n"
+
+
+def test_the_code_holds_no_capability_and_can_gain_none(run: Running) -> None:
+    code = """
+import ctypes
+libc = ctypes.CDLL(None)
+header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+print(libc.capget(header, data), list(data), libc.prctl(39, 0, 0, 0, 0))
+"""
+    assert run(code).stdout == "0 [0, 0, 0, 0, 0, 0] 1\n"
+
+
+def test_the_number_of_open_files_is_bounded(run: Running) -> None:
+    assert run("f = [open('/dev/null') for _ in range(100)]").error == (
+        "OSError: [Errno 24] Too many open files: '/dev/null'"
+    )
+
+
+def test_the_network_is_out_of_reach(run: Running) -> None:
+    need(run, "network-namespace")
+    code = """
+import socket
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+    try:
+        s = socket.socket(socket.AF_INET, kind)
+        s.connect(("127.0.0.1", 9))
+        s.send(b"x")
+        print("reached")
+    except OSError:
+        print("refused")
+"""
+    assert run(code).stdout == "refused\nrefused\n"
+
+
+def test_no_other_process_is_seen(run: Running) -> None:
+    need(run, "pid-namespace")
+    assert run("import os; print(os.getpid(), os.getppid())").stdout == "1 0\n"
+
+
+def test_the_user_inside_is_not_root(run: Running) -> None:
+    need(run, "user-namespace")
+    assert run("import os; print(os.getuid(), os.getgid())").stdout == "1000 1000\n"
+
+
+def test_a_nested_user_namespace_is_refused(run: Running) -> None:
+    need(run, "no-nested-namespace")
+    assert run("import ctypes; print(ctypes.CDLL(None).unshare(0x10000000))").stdout == "-1\n"
+
+
+def test_files_outside_cannot_be_read(run: Running, tmp_path: Path) -> None:
+    need(run, "landlock-files")
+    (tmp_path / "secret").write_text("swordfish")
+    for path in ("/etc/passwd", "/proc/self/environ", __file__, str(tmp_path / "secret")):
+        assert run(f"open({path!r})").error == f"PermissionError: [Errno 13] Permission denied: {path!r}"
+    assert "PermissionError" in str(run(f"import os; os.link({str(tmp_path / 'secret')!r}, 'f')").error)
+
+
+def test_files_outside_cannot_be_written(run: Running, tmp_path: Path) -> None:
+    need(run, "landlock-files")
+    assert "PermissionError" in str(run(f"open({str(tmp_path / 'new')!r}, 'w')").error)
+    assert "PermissionError" in str(run("import os; open(os.path.dirname(os.getcwd()) + '/new', 'w')").error)
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_program_can_be_executed(run: Running) -> None:
+    need(run, "landlock-files")
+    assert "PermissionError" in str(run("import subprocess; subprocess.run(['/bin/true'])").error)
+    code = "import os\nopen('p', 'w').write('#!/bin/sh\\n')\nos.chmod('p', 0o700)\nos.execv('./p', ['p'])"
+    assert "PermissionError" in str(run(code).error)
+
+
+def test_the_disk_cannot_be_filled(run: Running) -> None:
+    need(run, "mount-namespace")
+    result = run(
+        "for i in range(4):\n    with open(str(i), 'wb') as f:\n        for _ in range(60): f.write(bytes(1 << 20))"
+    )
+    assert result.error == "OSError: [Errno 28] No space left on device"
+
+
+# --- what is left behind
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        time.sleep(60)\nprint('x')",
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)\nos.wait()",
+        "import os\nwhile True:\n    if os.fork() == 0 and os.getpid() % 40 == 0:\n        os.setsid()",
+    ],
+    ids=["children", "daemon", "bomb"],
+)
+def test_no_process_outlives_its_call(run: Running, code: str) -> None:
+    if "while" in code and os.getuid() == 0:
+        need(run, "process-count")  # nothing else bounds root's bomb, and this machine is shared
+    before = run.processes
+    run(code)
+    assert run.processes == before
+    assert run("print('next')").stdout == "next\n"
+
+
+def test_processes_stay_available_after_many_calls(run: Running) -> None:
+    need(run, "process-count")
+    run("import os\nfor _ in range(400):\n    if os.fork() == 0: os._exit(0)\n    os.wait()")  # the numbers wrap around
+    assert run("import os\nfor _ in range(20):\n    if os.fork() == 0: os._exit(0)").error is None
+
+
+def test_the_directory_is_gone_afterwards(run: Running) -> None:
+    directory = run("import os; print(os.getcwd())", {"a": b""}).stdout.strip()
+    assert Path(directory).is_absolute() and not Path(directory).exists()
+    assert run(f"import os; print(os.path.exists({directory!r}))").stdout == "False\n"
+
+
+def test_a_nasty_tree_is_cleared(run: Running) -> None:
+    code = """
+import os
+os.symlink("/", "root")
+os.mkdir("locked"); open("locked/f", "w").close(); os.mkdir("locked/inner"); os.chmod("locked/inner", 0); os.chmod("locked", 0)
+for _ in range(1500):
+    os.mkdir("d"); os.chdir("d")
+"""
+    assert run(code).error is None
+    assert run("import os; print(os.listdir())").stdout == "[]\n"
+
+
+def test_clearing_follows_no_link_and_no_depth(tmp_path: Path) -> None:
+    kept, top = tmp_path / "kept", tmp_path / "top"
+    kept.mkdir()
+    (kept / "file").touch()
+    top.mkdir()
+    (top / "link").symlink_to(kept)
+    fd = os.open(top, os.O_RDONLY)
+    for _ in range(1200):  # deeper than Python recurses, longer than a path may be
+        os.mkdir("a" * 20, dir_fd=fd)
+        inner = os.open("a" * 20, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+    confine.clear_directory(str(top))
+    assert list(top.iterdir()) == []
+    assert (kept / "file").exists()
+
+
+@pytest.mark.parametrize("kind", [Sandbox, BareSandbox])
+def test_close_leaves_no_process_descriptor_or_file(kind: type[Sandbox]) -> None:
+    async def use() -> tuple[str, int]:
+        descriptors = len(os.listdir("/proc/self/fd"))
+        sandbox = kind(workers=2, timeout_s=0.3)
+        await asyncio.gather(*[sandbox.run("open('f', 'w')\nwhile True: pass", {}, []) for _ in range(2)])
+        assert sandbox._root is not None
+        assert len(processes_of(sandbox)) >= 2
+        await sandbox.close()
+        await sandbox.close()
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+        return sandbox._root.name, descriptors
+
+    before = len(os.listdir("/proc/self/fd"))
+    root, _ = asyncio.run(use())
+    assert eventually(lambda: not processes_with(root))
+    assert not Path(root).exists()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- faults of the world
+
+
+def test_a_killed_zygote_is_an_infra_fault_and_is_replaced() -> None:
+    async def use() -> tuple[str, str, int]:
+        sandbox = Sandbox(workers=1)
+        await sandbox.start()
+        call = asyncio.create_task(sandbox.run("import time; time.sleep(60)", {}, []))
+        await asyncio.sleep(0.1)
+        victims = processes_of(sandbox)
+        os.kill(min(victims), 9)  # the one that the pool started
+        with pytest.raises(InfraFault, match="died") as fault:
+            await call
+        result = await sandbox.run("print('alive')", {}, [])
+        left = len(victims & processes_of(sandbox))
+        await sandbox.close()
+        return str(fault.value), result.stdout, left
+
+    assert asyncio.run(use()) == ("a sandbox process died", "alive\n", 0)
+
+
+def test_a_cancelled_call_ends_its_process() -> None:
+    async def use() -> str:
+        sandbox = Sandbox(workers=1)
+        await sandbox.start()
+        before = processes_of(sandbox)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(sandbox.run("while True: pass", {}, []), 0.2)
+        result = await sandbox.run("print('next')", {}, [])
+        assert not before & processes_of(sandbox)
+        await sandbox.close()
+        return result.stdout
+
+    assert asyncio.run(use()) == "next\n"
+
+
+def test_code_never_runs_unconfined(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use() -> None:
+        sandbox = Sandbox(workers=1)
+        monkeypatch.setitem(sandbox._settings, "memory_mib", 1 << 50)  # no rlimit can hold that
+        try:
+            await sandbox.run("print('ran')", {}, [])
+        finally:
+            await sandbox.close()
+
+    with pytest.raises(InfraFault, match="the child was not confined: -OverflowError"):
+        asyncio.run(use())
+
+
+def test_a_zygote_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(sandbox: Sandbox) -> None:
+        with pytest.raises(InfraFault, match="sandbox: TypeError"):
+            await sandbox.start()
+        with pytest.raises(InfraFault, match="closed"):
+            await sandbox.run("", {}, [])
+
+    sandbox = Sandbox(workers=2)
+    monkeypatch.setitem(sandbox._settings, "timeout_s", None)
+    asyncio.run(use(sandbox))
+    assert sandbox._root is not None and not Path(sandbox._root.name).exists()
+
+
+def test_closing_fails_the_calls_in_flight_and_those_that_wait() -> None:
+    async def use() -> list[object]:
+        sandbox = Sandbox(workers=1)
+        await sandbox.start()
+        calls = [asyncio.create_task(sandbox.run("import time; time.sleep(60)", {}, [])) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        await sandbox.close()
+        async with asyncio.timeout(1.0):
+            return [*await asyncio.gather(*calls, return_exceptions=True)]
+
+    assert all(isinstance(outcome, InfraFault) for outcome in asyncio.run(use()))
+
+
+def test_a_second_event_loop_is_refused() -> None:
+    sandbox = Sandbox(workers=1)
+    with asyncio.Runner() as first, ThreadPoolExecutor(1) as thread:
+        first.run(sandbox.start())
+        with pytest.raises(RuntimeError, match="one Sandbox per loop"):
+            thread.submit(lambda: asyncio.run(sandbox.run("", {}, []))).result()
+        first.run(sandbox.close())
+
+
+# --- many calls
+
+
+def test_twenty_calls_at_once_get_their_own_answer() -> None:
+    async def use() -> list[tuple[str, dict[str, bytes]]]:
+        async with asyncio.timeout(20):
+            sandbox = Sandbox(workers=2)
+            results = await asyncio.gather(
+                *[sandbox.run(f"print({i})\nopen('f', 'w').write('{i}')", {}, ["f"]) for i in range(20)]
+            )
+            await sandbox.close()
+        return [(result.stdout, result.files) for result in results]
+
+    assert asyncio.run(use()) == [(f"{i}\n", {"f": b"%d" % i}) for i in range(20)]
+
+
+def test_the_event_loop_keeps_turning_during_a_call() -> None:
+    async def use() -> int:
+        sandbox = Sandbox(workers=1)
+        await sandbox.start()
+        call = asyncio.create_task(sandbox.run("import time; time.sleep(0.5)", {"in": bytes(5 << 20)}, ["in"]))
+        ticks = 0
+        while not call.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        await sandbox.close()
+        return ticks
+
+    assert asyncio.run(use()) >= 15
+
+
+# --- arguments and frames
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/etc/passwd", "../x", "a\0b", "a b", "ü", "-rf", ".hidden", "x" * 200]
+)
+def test_only_plain_file_names_are_taken(name: str) -> None:
+    for files, collect in (({name: b""}, []), ({}, [name])):
+        with pytest.raises(ValueError, match="plain file names"):
+            asyncio.run(Sandbox().run("", files, collect))
+
+
+@pytest.mark.parametrize("setting", [{"workers": 0}, {"timeout_s": 0.0}, {"memory_mib": 64}, {"output_bytes": 0}])
+def test_a_bad_setting_is_named(setting: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        Sandbox(**setting)
+
+
+def test_frames_survive_the_pipe() -> None:
+    read, write = os.pipe()
+    header = {"code": "é\ud800\n", "n": 1}
+    os.write(write, frame.encode(header, [b"", b"\x00raw"]))
+    os.close(write)
+    assert frame.read(read) == ({**header, "sizes": [0, 4]}, [b"", b"\x00raw"])
+    assert frame.read(read) is None
+    os.close(read)
+
+
+def test_a_torn_frame_is_an_error() -> None:
+    read, write = os.pipe()
+    os.write(write, frame.encode({}, [b"abc"])[:-1])
+    os.close(write)
+    with pytest.raises(EOFError):
+        frame.read(read)
+    os.close(read)
