@@ -15,6 +15,7 @@ from arft_fast.policy.model import Policy, check_source, load_policy
 from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.tiny import build_tiny
 from arft_fast.rollout.agent import Agent, Limits, SamplingSettings
+from arft_fast.rollout.compute import ComputeThread
 from arft_fast.rollout.engine import Engine
 from arft_fast.rollout.teacher import teacher_texts
 from arft_fast.rollout.transformers_engine import TransformersEngine
@@ -41,7 +42,10 @@ def open_ranks(config: Config) -> Iterator[Ranks]:
         ConfigError: a batch cannot be shared among the ranks.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for flag, size in (("train.prompts_per_step", config.train.prompts_per_step), ("cold_start.batch_size", config.cold_start.batch_size)):
+    for flag, size in (
+        ("train.prompts_per_step", config.train.prompts_per_step),
+        ("cold_start.batch_size", config.cold_start.batch_size),
+    ):
         if size % world:
             raise ConfigError(f"--{flag} is {size} on {world} ranks (give a multiple of {world})")
     if config.train.threads:
@@ -84,7 +88,9 @@ def open_tasks(config: Config) -> Iterator[Mixture]:
 
 def _mat_task(name: str, config: Config) -> Task:
     if config.task.data is None:
-        raise ConfigError(f"--task.data is not given (task {name} reads the MAT data set: give its folder or JSON file)")
+        raise ConfigError(
+            f"--task.data is not given (task {name} reads the MAT data set: give its folder or JSON file)"
+        )
     try:
         return MatTask(
             "coding" if name == "mat_coding" else "search",
@@ -136,9 +142,9 @@ def open_policy(config: Config, mixture: Mixture, ranks: Ranks) -> Policy:
         )
 
 
-def open_engine(config: Config, policy: Policy) -> Engine:
+def open_engine(config: Config, policy: Policy, compute: ComputeThread) -> Engine:
     """The engine that ``rollout.engine`` names, on the policy's current weights."""
-    return TransformersEngine(policy, slots=config.rollout.slots, max_tokens=config.rollout.max_tokens)
+    return TransformersEngine(policy, compute, slots=config.rollout.slots, max_tokens=config.rollout.max_tokens)
 
 
 def open_agents(

@@ -1,4 +1,4 @@
-"""Cold start of a policy that does not know the protocol yet: imitate the tasks' teachers, or reuse an earlier one's weights."""
+"""Cold start of a policy that does not know the protocol: imitate the teachers, or reuse an earlier run's weights."""
 
 from __future__ import annotations
 
@@ -55,12 +55,13 @@ def cold_start(
         if not steps:
             continue
         teacher = Teacher(
-            policy, mixture, seed=config.train.seed, slip_rate=slip_rate, max_tokens=config.rollout.max_tokens
-        )
+            policy, mixture, seed=config.train.seed, slip_rate=slip_rate, distinct=settings.traces,
+            max_tokens=config.rollout.max_tokens,
+        )  # fmt: skip
         with console.progress(title, steps, every=50) as progress:
 
             def on_step(step: int, report: StepReport) -> None:
-                progress.advance(loss=report.loss, **({"skipped": "not finite"} if report.skipped else {}))  # noqa: B023
+                progress.advance(loss=report.loss, **({"skipped": "not finite"} if report.skipped else {}))
                 stop.check(ranks)
 
             imitate(

@@ -159,12 +159,14 @@ class ColdStartConfig(_Section):
     """Probability of each kind of slip."""
     slip_learning_rate: float = 5e-4
     """Learning rate on traces with slips."""
+    traces: int = 1000
+    """Distinct teacher episodes a task; they repeat in another order."""
     cache: Path | None = Path(".cache/cold_start")
     """Folder that keeps finished cold starts for the next run; None = off."""
 
     def __post_init__(self) -> None:
         self._at_least(0, "steps", "warmup_steps", "slip_steps")
-        self._at_least(1, "batch_size")
+        self._at_least(1, "batch_size", "traces")
         self._positive("learning_rate", "slip_learning_rate")
         if not 0 <= self.slip_rate <= 1:
             self._refuse("slip_rate", "give a probability, 0 to 1")

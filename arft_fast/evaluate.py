@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in training
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in training
 
 import asyncio
 import sys
@@ -20,6 +20,7 @@ from arft_fast.policy.parallel import Ranks
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS
 from arft_fast.rollout.agent import SamplingSettings
 from arft_fast.rollout.collect import collect
+from arft_fast.rollout.compute import ComputeThread
 from arft_fast.rollout.engine import Engine
 from arft_fast.rollout.evaluation import Evaluation, summarise
 from arft_fast.rollout.stop import StopSignal
@@ -40,7 +41,7 @@ async def evaluate(
     results = {}
     for way, sampling, samples in (("sampled", None, config.eval.samples), ("greedy", GREEDY, 1)):
         agents = open_agents(config, policy, engine, mixture, sampling)
-        episodes = collect(prompts, agents, mixture.by_name, group_size=samples, seed=config.train.seed)
+        episodes = collect(prompts, agents, mixture.by_name, group_size=samples, seed=(config.train.seed,))
         groups = await stop.guard(episodes) or []
         stop.check(ranks)
         results[way] = summarise(ranks.gather([group.without_images() for group in groups]), DEFAULT_WEIGHTS)
@@ -48,13 +49,15 @@ async def evaluate(
 
 
 async def _run(config: Config, ranks: Ranks, mixture: Mixture, stop: StopSignal) -> dict[str, Evaluation]:
-    policy = open_policy(config, mixture, ranks)
-    engine = open_engine(config, policy)
+    compute = ComputeThread(ranks.device)
+    policy = await compute(open_policy, config, mixture, ranks)
+    engine = open_engine(config, policy, compute)
     try:
         return await evaluate(config, policy, engine, mixture, ranks, stop)
     finally:
         await engine.close()
         await mixture.close()
+        compute.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

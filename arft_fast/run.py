@@ -35,7 +35,7 @@ def open_run(config: Config, ranks: Ranks) -> Run:
     console = Console(enabled=ranks.main)
     console.banner(
         [
-            f"tasks {', '.join(config.task.name)}   policy {config.policy.model}   {ranks.world} rank(s) on {ranks.device}",
+            f"tasks {', '.join(config.task.name)}; policy {config.policy.model}; ranks {ranks.world} on {ranks.device}",
             f"run folder {path}",
         ]
     )

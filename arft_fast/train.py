@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle math threads leave the cores to the tools' processes
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "20000"
+)  # wait microseconds for the next small product, then give the core away
 
 import asyncio
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -25,6 +28,7 @@ from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.update import GrpoLoss, Optimizer, grpo_update
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
 from arft_fast.rollout.collect import collect
+from arft_fast.rollout.compute import ComputeThread
 from arft_fast.rollout.stop import Stopped, StopSignal
 from arft_fast.run import Evaluations, Run, open_run
 from arft_fast.tasks.mixture import Mixture
@@ -34,13 +38,14 @@ from arft_fast.trajectory import Group
 async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: StopSignal) -> None:
     """The whole run: cold start, evaluation, GRPO, evaluation, checkpoint."""
     settings = config.train
-    policy = open_policy(config, mixture, ranks)
+    compute = ComputeThread(ranks.device)
+    policy = await compute(open_policy, config, mixture, ranks)
     before: Evaluations | None = None
     after: Evaluations | None = None
     stopped = False
-    engine = open_engine(config, policy)
+    engine = open_engine(config, policy, compute)
     try:
-        cold_start(config, policy, mixture, ranks, run.console, stop)
+        await compute(cold_start, config, policy, mixture, ranks, run.console, stop)
         reference = policy.frozen_copy() if settings.kl_beta > 0 else None
         agents = open_agents(config, policy, engine, mixture)
         optimizer = Optimizer(
@@ -57,12 +62,15 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
             for step in range(settings.steps):
                 start = step * settings.prompts_per_step
                 prompts = ranks.share(mixture.train_prompts(start, settings.prompts_per_step))
-                rollout = collect(prompts, agents, mixture.by_name, group_size=config.rollout.group_size, seed=settings.seed)
+                seed = (settings.seed, step)
+                rollout = collect(prompts, agents, mixture.by_name, group_size=config.rollout.group_size, seed=seed)
                 groups = await stop.guard(rollout) or []
                 stop.check(ranks)
                 advantages = compare(groups, settings.scale_rewards, ranks)
                 trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-                report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
+                report, stats = await compute(
+                    grpo_update, policy, reference, optimizer, trajectories, advantages, loss, ranks
+                )
                 engine.load_weights(step + 1)
                 metrics = run.step(step, groups, report, stats)
                 progress.advance(reward=metrics["reward"], entropy=metrics["entropy"])
@@ -76,11 +84,12 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
     finally:
         await engine.close()
         await mixture.close()
+        compute.close()
     run.save(policy)
     run.finish(before, after, stopped=stopped)
 
 
-def compare(groups: Sequence[Group], scale: str, ranks: Ranks) -> torch.Tensor:
+def compare(groups: Sequence[Group], scale: Literal["group", "batch", "none"], ranks: Ranks) -> torch.Tensor:
     """Advantages [B] of this rank's trajectories; statistics of the batch, where asked for, are over all ranks."""
     names = list(DEFAULT_WEIGHTS)
     mine = reward_matrix(groups, names)

@@ -23,7 +23,9 @@ def _whole(policy: Policy, said: str, seen: str) -> str:
 
 
 @pytest.mark.parametrize("turn_is_closed", [False, True])
-def test_the_ledgers_text_is_the_templates_rendering_of_the_whole_conversation(policy: Policy, turn_is_closed: bool) -> None:
+def test_the_ledgers_text_is_the_templates_rendering_of_the_whole_conversation(
+    policy: Policy, turn_is_closed: bool
+) -> None:
     picture = Image.new("RGB", (56, 56))
     messages = [
         {"role": "system", "content": "Be brief."},

@@ -29,7 +29,7 @@ task.name task.data task.max_turns task.top_k task.code_timeout_s task.code_memo
 rollout.engine rollout.group_size rollout.temperature rollout.top_k rollout.top_p rollout.max_turn_tokens
 rollout.max_tokens rollout.slots
 cold_start.steps cold_start.batch_size cold_start.learning_rate cold_start.warmup_steps cold_start.slip_steps
-cold_start.slip_rate cold_start.slip_learning_rate cold_start.cache
+cold_start.slip_rate cold_start.slip_learning_rate cold_start.traces cold_start.cache
 train.steps train.prompts_per_step train.learning_rate train.betas train.weight_decay train.max_grad_norm train.kl_beta
 train.epsilon train.scale_rewards train.reduction train.micro_batch_tokens train.seed train.threads
 eval.prompts_per_task eval.samples eval.every

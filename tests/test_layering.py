@@ -64,7 +64,11 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
             for _ in range(node.level - 1):
                 package = package.rpartition(".")[0]
             base = ".".join(filter(None, [package if node.level else "", node.module or ""]))
-            names = [f"{base}.{alias.name}" for alias in node.names] if base in ("arft_fast", "arft_fast.kernels") else [base]
+            names = (
+                [f"{base}.{alias.name}" for alias in node.names]
+                if base in ("arft_fast", "arft_fast.kernels")
+                else [base]
+            )
         found += [(name, id(node) not in typing_only) for name in names]
     return found
 
@@ -97,7 +101,11 @@ def test_rooms_that_are_taken_away_import_little(path: Path) -> None:
     allowed = ALLOWED[_room(_module(path))]
     for name, at_run_time in _imports(path):
         top = name.split(".")[0]
-        known = top in sys.stdlib_module_names or top in allowed or any(name == a or name.startswith(f"{a}.") for a in allowed)
+        known = (
+            top in sys.stdlib_module_names
+            or top in allowed
+            or any(name == a or name.startswith(f"{a}.") for a in allowed)
+        )
         assert known or not at_run_time, f"{_module(path)} imports {name}"
 
 

@@ -45,7 +45,9 @@ def test_a_checkpoint_loads_like_any_hugging_face_model(policy: Policy, tmp_path
     assert tokenizer.encode(text) == policy.tokenizer.encode(text)
     messages = [{"role": "user", "content": "hi"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi<|im_end|>")
+    assert rendered.startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi<|im_end|>"
+    )
 
 
 def test_a_newer_checkpoint_replaces_the_older_one_as_a_whole(policy: Policy, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from arft_fast.policy.forward import collate
 from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
 from arft_fast.policy.update import score
+from arft_fast.rollout.compute import ComputeThread
 from arft_fast.rollout.engine import Generation, Sampling
 from arft_fast.rollout.ledger import Ledger
 from arft_fast.rollout.sampling import sample
@@ -25,11 +26,13 @@ MAX_TOKENS = 160
 
 def _with_engine(policy: Policy, work: Callable[[TransformersEngine], Awaitable[T]], slots: int = 8) -> T:
     async def run() -> T:
-        engine = TransformersEngine(policy, slots=slots, max_tokens=MAX_TOKENS)
+        compute = ComputeThread(policy.device)
+        engine = TransformersEngine(policy, compute, slots=slots, max_tokens=MAX_TOKENS)
         try:
             return await work(engine)
         finally:
             await engine.close()
+            compute.close()
 
     return asyncio.run(run())
 
@@ -64,7 +67,9 @@ async def _episode(policy: Policy, engine: TransformersEngine, shade: int, seed:
 
 def test_the_engines_logprobs_equal_a_fresh_forward(policy: Policy) -> None:
     async def work(engine: TransformersEngine) -> Sequence[Trajectory]:
-        return await asyncio.gather(*(_episode(policy, engine, shade, seed) for shade in (10, 200) for seed in range(3)))
+        return await asyncio.gather(
+            *(_episode(policy, engine, shade, seed) for shade in (10, 200) for seed in range(3))
+        )
 
     trajectories = _with_engine(policy, work)
     fresh = score(policy, collate(policy, trajectories))
@@ -74,7 +79,9 @@ def test_the_engines_logprobs_equal_a_fresh_forward(policy: Policy) -> None:
     # Negative control: with another image in its place the log-probs are others.
     swapped = [*trajectories[3].images[:1], *trajectories[0].images[1:]]
     trajectories[0].images = swapped
-    assert (score(policy, collate(policy, trajectories[:1])) - engine[: trajectories[0].completion_length]).abs().max() > 1e-4
+    assert (
+        score(policy, collate(policy, trajectories[:1])) - engine[: trajectories[0].completion_length]
+    ).abs().max() > 1e-4
 
 
 def test_a_prompt_is_prefilled_once_for_its_group(policy: Policy) -> None:

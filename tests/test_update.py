@@ -46,7 +46,14 @@ def _gradient(policy: Policy, episodes: list[Trajectory], advantages: torch.Tens
     caught: list[torch.Tensor] = []
     optimizer = _optimizer(policy, learning_rate=0.0)  # a step that changes nothing
     optimizer._adamw.register_step_pre_hook(
-        lambda *_: caught.append(torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.trainable_parameters()]))
+        lambda *_: caught.append(
+            torch.cat(
+                [
+                    (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
+                    for p in policy.trainable_parameters()
+                ]
+            )
+        )
     )
     optimizer._max_grad_norm = math.inf
     reference = policy.frozen_copy() if settings.beta else None
@@ -65,7 +72,12 @@ def test_the_update_is_the_gradient_of_the_published_objective(policy: Policy) -
         logprobs = torch.log_softmax(logits, -1).gather(-1, batch.targets[:, None]).squeeze(-1)
         loss = loss - (torch.exp(logprobs - logprobs.detach()) * advantage).mean() / len(episodes)
     expected = torch.autograd.grad(loss, policy.trainable_parameters(), allow_unused=True)
-    flat = torch.cat([(g if g is not None else torch.zeros_like(p)).flatten() for g, p in zip(expected, policy.trainable_parameters(), strict=True)])
+    flat = torch.cat(
+        [
+            (g if g is not None else torch.zeros_like(p)).flatten()
+            for g, p in zip(expected, policy.trainable_parameters(), strict=True)
+        ]
+    )
     actual = _gradient(policy, episodes, advantages, GrpoLoss())
     assert flat.norm() > 0
     assert (actual - flat).norm() / flat.norm() < 1e-6  # advantages pass through float32

@@ -104,7 +104,7 @@ def evaluation_table(title: str, tasks: Mapping[str, Mapping[str, float]]) -> Ta
     """One evaluation, a row a task: F1, EM, reward, tool use and the number of episodes."""
     table = Table(title=title, title_justify="left")
     table.add_column("task")
-    for key, heading in (*_ROWS, ("episodes", "episodes")):
+    for _, heading in (*_ROWS, ("episodes", "episodes")):
         table.add_column(heading, justify="right")
     for task, figures in tasks.items():
         cells = [_number(figures.get(key, math.nan)) for key, _ in _ROWS]

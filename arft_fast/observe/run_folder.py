@@ -46,7 +46,7 @@ def run_path(config: Config, now: datetime | None = None) -> Path:
 
 
 class RunFolder:
-    """Writes a run's records under ``path``; ranks above 0 write their trajectories (``trajectories-rank1.jsonl``) only.
+    """Writes a run's records under ``path``; ranks above 0 write only their trajectories.
 
     Every record is on disk when its call returns. A folder that already holds a run is refused, or, with
     ``--run.overwrite``, emptied of that run's records and nothing else.

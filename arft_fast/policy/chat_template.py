@@ -2,8 +2,8 @@
 
 A rollout never renders a conversation twice: sampled ids are kept as they were sampled, and an observation is encoded
 alone between the pieces that the template puts around a user turn. The pieces are read off the template by rendering a
-probe, so that they are right for any template whose turns do not depend on each other; a test compares the ledger's text
-with the template's rendering of the whole conversation.
+probe, so that they are right for any template whose turns do not depend on each other; a test compares the ledger's
+text with the template's rendering of the whole conversation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ChatTemplate:
         """Text between an assistant turn and a user turn, of an image, and between a user turn and the next sample."""
         asked, said, seen = (_PROBE.format(k) for k in range(3))
         observation = [{"type": "image"}, {"type": "text", "text": seen}]
-        messages = [
+        messages: list[Mapping[str, Any]] = [
             {"role": "user", "content": asked},
             {"role": "assistant", "content": said},
             {"role": "user", "content": observation},
@@ -47,7 +47,9 @@ class ChatTemplate:
         text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return text
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> tuple[list[int], list[EncodedImage]]:
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image]
+    ) -> tuple[list[int], list[EncodedImage]]:
         """Ids of the prompt up to where the policy starts to write, and its encoded images.
 
         Raises:
@@ -65,7 +67,9 @@ class ChatTemplate:
             text += self._image_token * image.tokens + piece
         return self._tokenizer.encode(text, add_special_tokens=False), encoded
 
-    def observation(self, text: str, images: Sequence[Image], *, turn_is_closed: bool) -> tuple[list[int], list[EncodedImage]]:
+    def observation(
+        self, text: str, images: Sequence[Image], *, turn_is_closed: bool
+    ) -> tuple[list[int], list[EncodedImage]]:
         """Ids from the end of the policy's turn to the start of its next one, and the observation's encoded images.
 
         Args:

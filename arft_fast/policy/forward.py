@@ -96,7 +96,9 @@ def embed(model: PreTrainedModel, input_ids: Tensor, features: Sequence[Tensor])
         return embeddings
     flat = torch.cat(list(features)).to(embeddings.dtype)
     if int(is_image.sum()) != len(flat):
-        raise ValueError(f"features: {len(flat)} image features for {int(is_image.sum())} placeholders; one each is needed")
+        raise ValueError(
+            f"features: {len(flat)} image features for {int(is_image.sum())} placeholders; one each is needed"
+        )
     return embeddings.masked_scatter(is_image[..., None], flat)
 
 

@@ -27,8 +27,7 @@ def imitate(
     """Minimise the mean negative log-prob of the teacher's own tokens; tool text, images and template add nothing.
 
     Args:
-        episode: the teacher's i-th episode; step s imitates ``s * batch_size`` .. of them, shared among the ranks. They
-            are made as they are needed, so none is seen twice and none is kept.
+        episode: the teacher's i-th episode; step s imitates ``s * batch_size`` .. of them, shared among the ranks.
         on_step: called after each step with its index and report.
     """
     optimizer = Optimizer(

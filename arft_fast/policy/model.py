@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from arft_fast.policy.attention import NAME as GROUPED_SDPA
 from arft_fast.policy.chat_template import ChatTemplate
 from arft_fast.policy.images import ImageEncoder
 
@@ -66,7 +67,9 @@ def check_source(source: str) -> None:
         PolicyLoadError: no folder or reachable hub model of that name, or an architecture without images.
     """
     if not Path(source).exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise PolicyLoadError(f"policy.model: no folder {source!r}; give a model folder, a hub name like Qwen/NAME, or 'tiny'")
+        raise PolicyLoadError(
+            f"policy.model: no folder {source!r}; give a model folder, a hub name like Qwen/NAME, or 'tiny'"
+        )
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -98,11 +101,12 @@ def load_policy(
         min_pixels: with ``max_pixels``, overrides the image processor's pixel budget; None keeps the model's own.
 
     Raises:
-        PolicyLoadError: see ``check_source``; or its layers use sliding windows, which the rollout's cache does not hold.
+        PolicyLoadError: see ``check_source``; or its layers use sliding windows, which the engine's cache lacks.
     """
     check_source(str(source))
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=attention)
-    model.to(device).eval()  # dropout off: sampler and trainer must agree
+    implementation = GROUPED_SDPA if attention == "sdpa" else attention
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=implementation)
+    model = model.eval().to(device=device)  # dropout off: sampler and trainer must agree
     text_config = model.config.get_text_config()
     if "sliding_attention" in getattr(text_config, "layer_types", ()):
         raise PolicyLoadError(f"policy.model: {source!r} uses sliding-window layers; give a model with full attention")

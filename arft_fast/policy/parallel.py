@@ -1,6 +1,6 @@
 """Data-parallel ranks under torchrun: each rank rolls out its own prompts, gradients are summed, weights stay equal.
 
-A loss is divided by global denominators before ``backward``, so that a sum over ranks is the gradient of the whole batch.
+A loss is divided by global denominators before ``backward``, so that a sum over ranks is the whole batch's gradient.
 """
 
 from __future__ import annotations

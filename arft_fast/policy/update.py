@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class Optimizer:
 
 
 def micro_batches(trajectories: Sequence[Trajectory], budget: int) -> Iterator[list[int]]:
-    """Indices of ``trajectories`` in batches of at most ``budget`` padded tokens (at least one), similar lengths together."""
+    """Indices of ``trajectories`` in batches of up to ``budget`` padded tokens (at least one), by rising length."""
     batch: list[int] = []
     for i in sorted(range(len(trajectories)), key=lambda i: (len(trajectories[i].token_ids), i)):
         if batch and (len(batch) + 1) * len(trajectories[i].token_ids) > budget:
@@ -98,7 +99,7 @@ class GrpoLoss:
     beta: float = 0.0
     """Weight of the k3 KL to the reference."""
     epsilon: float = 0.2
-    reduction: str = "grpo"
+    reduction: Literal["grpo", "dapo"] = "grpo"
     temperature: float = 1.0
     micro_batch_tokens: int = 8192
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL.Image import Image
 
+from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
 from arft_fast.protocol import STOP_TAGS, Action, parse_turn
 from arft_fast.rollout.engine import Engine, Generation, Sampling
@@ -119,12 +121,12 @@ class Agent:
             return Ending.MAX_TOKENS if generation.finish == "length" else Ending.NO_ACTION
         return None
 
-    async def _act(self, action: Action, image: object) -> Turn:
+    async def _act(self, action: Action, image: Image | None) -> Turn:
         assert action.kind is not None, "an episode without an action has ended"
         tool = self._task.tools.get(action.kind)
         result: ToolResult | None = None
         if tool is not None:
-            result = await call_tool(tool, action.body, image, deadline_s=self._limits.tool_deadline_s)  # type: ignore[arg-type]
+            result = await call_tool(tool, action.body, image, deadline_s=self._limits.tool_deadline_s)
         return Turn(
             role="observation",
             text=self._task.observe(action, result),
@@ -159,12 +161,14 @@ def replay(policy: Policy, prompt: Prompt, turns: Sequence[Turn], max_tokens: in
     """
     ledger = open_ledger(policy, prompt, max_tokens)
     for turn in turns:
-        if turn.role == "assistant":
-            ids, images = policy.tokenizer.encode(turn.text, add_special_tokens=False), []
-        else:
+        ids: list[int] = policy.tokenizer.encode(turn.text, add_special_tokens=False)
+        images: list[EncodedImage] = []
+        if turn.role == "observation":
             ids, images = policy.chat.observation(turn.text, turn.images, turn_is_closed=False)
         if len(ids) > ledger.room:
-            raise ValueError(f"prompt {prompt.uid}: the teacher's episode is longer than rollout.max_tokens = {max_tokens}")
+            raise ValueError(
+                f"prompt {prompt.uid}: the teacher's episode is longer than rollout.max_tokens = {max_tokens}"
+            )
         if turn.role == "assistant":
             ledger.add_sampled(ids, [0.0] * len(ids))
         else:

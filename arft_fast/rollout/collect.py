@@ -17,26 +17,24 @@ async def collect(
     tasks: Mapping[str, Task],
     *,
     group_size: int,
-    seed: int,
+    seed: Sequence[int],
 ) -> list[Group]:
     """Roll out ``group_size`` episodes of each prompt and score them.
 
     Args:
         agents, tasks: by task name.
-        seed: the run's; a trajectory's own random stream derives from it, the prompt's uid and the sample index, so it
-            does not matter which rank rolls it out.
+        seed: entropy of this collection, e.g. (run seed, step). A trajectory's own random stream derives from it, the
+            prompt's uid and the sample index, so it does not matter which rank rolls it out.
     """
 
     async def episode(prompt: Prompt, sample: int) -> Trajectory:
-        trajectory = await agents[prompt.task].play(prompt, sample, [seed, crc32(prompt.uid.encode()), sample])
+        trajectory = await agents[prompt.task].play(prompt, sample, [*seed, crc32(prompt.uid.encode()), sample])
         if not trajectory.infra_failed:
             trajectory.rewards = tasks[prompt.task].reward(trajectory)
         return trajectory
 
     async with asyncio.TaskGroup() as running:
-        started = [
-            [running.create_task(episode(prompt, sample)) for sample in range(group_size)] for prompt in prompts
-        ]
+        started = [[running.create_task(episode(prompt, sample)) for sample in range(group_size)] for prompt in prompts]
     return [
         Group(prompt=prompt, trajectories=[task.result() for task in row])
         for prompt, row in zip(prompts, started, strict=True)

@@ -41,7 +41,8 @@ def summarise(groups: Sequence[Group], weights: Mapping[str, float]) -> Evaluati
             by_task.setdefault(group.prompt.task, []).append(row)
     return Evaluation(
         tasks={
-            task: {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} | {"episodes": float(len(rows))}
+            task: {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+            | {"episodes": float(len(rows))}
             for task, rows in by_task.items()
         }
     )

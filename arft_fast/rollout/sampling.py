@@ -1,4 +1,4 @@
-"""Sampling from logits, row by row: a row's result depends on nothing but its own logits, settings and random number."""
+"""Sampling from logits, row by row: a row's result depends on its own logits, settings and random number only."""
 
 from __future__ import annotations
 

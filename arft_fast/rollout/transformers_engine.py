@@ -1,12 +1,12 @@
 """The embedded engine: continuous batching on the policy's own transformers model, in this process, on any device.
 
-Every request is one turn of one trajectory, and they come and go at any time. A slot keeps the keys and values of the last
-sequence it held, so a trajectory's next turn computes only what was added, and a prompt that several samples share is
-computed once and copied. Between two decoding steps new requests are let in.
+Every request is one turn of one trajectory, and they come and go at any time. A slot keeps the keys and values of the
+last sequence it held, so a trajectory's next turn computes only what was added, and a prompt that several samples share
+is computed once and copied. Between two decoding steps new requests are let in.
 
-What a request samples does not depend on what else is running: its random stream is its own, and every forward pass has a
-shape that only the request itself decides (decoding: all slots at once; prefill: a fixed number of rows for its padded
-length), so the arithmetic of a row is the same in any company.
+What a request samples does not depend on what else is running: its random stream is its own, and every forward pass has
+a shape that only the request itself decides (decoding: all slots at once; prefill: a fixed number of rows for its
+padded length), so the arithmetic of a row is the same in any company.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,12 +24,13 @@ from torch import Tensor
 from arft_fast.policy.forward import embed, image_features, rope_positions
 from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
+from arft_fast.rollout.compute import ComputeThread
 from arft_fast.rollout.engine import Generation, Sampling
 from arft_fast.rollout.kv_cache import SlotCache
 from arft_fast.rollout.sampling import sample
 
 _BUCKET = 16  # prefill lengths are padded to a multiple of this
-_PREFILL_TOKENS = 128  # short prefills share a forward pass of about this many tokens
+_PREFILL_TOKENS = 64  # short prefills share a forward pass of about this many tokens
 _VISIBLE = 128  # decoding attends to a multiple of this many columns
 
 
@@ -64,7 +64,7 @@ class _Slot:
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """[length] what is cached (see ``_Request.keys``)."""
     hidden: Tensor | None = None
-    """Last hidden state [D] of the cached sequence while nothing was decoded behind it: samples of one prompt start here."""
+    """Last hidden state [D] of what is cached, until something is decoded behind it: a prompt's samples start here."""
     request: _Request | None = None
     next_position: int = 0
     used: int = 0
@@ -73,8 +73,9 @@ class _Slot:
 class TransformersEngine:
     """See the module's text. One event loop at a time; ``close`` before the loop ends."""
 
-    def __init__(self, policy: Policy, *, slots: int, max_tokens: int) -> None:
+    def __init__(self, policy: Policy, compute: ComputeThread, *, slots: int, max_tokens: int) -> None:
         """Args:
+        compute: where forward passes run.
         slots: sequences decoded together; further requests wait.
         max_tokens: longest sequence, prompt and all turns, that a request may hold.
         """
@@ -89,7 +90,7 @@ class TransformersEngine:
         self._slots = [_Slot(index) for index in range(slots)]
         self._waiting: deque[_Request] = deque()
         self._features: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._compute = compute
         self._loop_task: asyncio.Task[None] | None = None
         self._version = 0
         self._clock = 0
@@ -105,8 +106,8 @@ class TransformersEngine:
         """
         if not 0 < len(token_ids) <= self._max_tokens - sampling.max_tokens:
             raise ValueError(
-                f"token_ids: {len(token_ids)} ids and up to {sampling.max_tokens} sampled ones need 1..{self._max_tokens} "
-                "tokens; raise rollout.max_tokens or shorten the prompt"
+                f"token_ids: {len(token_ids)} ids and up to {sampling.max_tokens} sampled ones do not fit into "
+                f"{self._max_tokens} tokens; raise rollout.max_tokens or shorten the prompt"
             )
         ids = np.asarray(token_ids, dtype=np.int64)
         request = _Request(
@@ -136,15 +137,13 @@ class TransformersEngine:
             await asyncio.gather(self._loop_task, return_exceptions=True)
         for request in [*self._waiting, *(slot.request for slot in self._slots if slot.request)]:
             request.done.cancel()
-        self._thread.shutdown(wait=True)
 
     async def _serve(self) -> None:
         """Admit, compute, answer, until nothing is left to do."""
-        loop = asyncio.get_running_loop()
         try:
             while self._waiting or any(slot.request for slot in self._slots):
                 admitted = self._admit()
-                finished = await loop.run_in_executor(self._thread, self._advance, admitted)
+                finished = await self._compute(self._advance, admitted)
                 for slot, request, finish in finished:
                     slot.request = None
                     if not request.done.done():  # its trajectory may have been cancelled
@@ -199,7 +198,9 @@ class TransformersEngine:
             shared = {slot.index: _common_prefix(slot.keys, request.keys) for slot in self._slots}
             best = max(self._slots, key=lambda slot: (shared[slot.index], slot.request is None, -slot.index))
             length = shared[best.index]
-            coming = max((_common_prefix(slot.request.keys, request.keys) for slot in admitted if slot.request), default=0)
+            coming = max(
+                (_common_prefix(slot.request.keys, request.keys) for slot in admitted if slot.request), default=0
+            )
             if coming > length:
                 put_off.append(request)
                 continue
@@ -219,7 +220,7 @@ class TransformersEngine:
         self._waiting.extendleft(reversed(put_off))
         return admitted
 
-    # ---- computing (engine thread) ----
+    # ---- computing (compute thread) ----
 
     @torch.inference_mode()
     def _advance(self, admitted: list[_Slot]) -> list[tuple[_Slot, _Request, str]]:
@@ -279,7 +280,9 @@ class TransformersEngine:
             skip = max(0, skip - image.tokens)
         return features
 
-    def _forward(self, embeddings: Tensor, positions: Tensor, slots: Tensor | None, columns: Tensor, visible: int) -> Tensor:
+    def _forward(
+        self, embeddings: Tensor, positions: Tensor, slots: Tensor | None, columns: Tensor, visible: int
+    ) -> Tensor:
         seen = torch.arange(visible, device=columns.device) <= columns[..., None]  # [B, T, L]
         output = self._policy.model.model.language_model(
             inputs_embeds=embeddings,

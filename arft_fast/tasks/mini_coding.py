@@ -1,8 +1,8 @@
 """Task ``mini_coding``: a drawn image, spoiled by MAT-Coding's labels; name the defect, repair it by code, answer.
 
-    <think>..</think> <problem> {'dark'} </problem>  ->  <tips> .. </tips>
-    <think>..</think> <code> ```python .. ``` </code> ->  the processed image
-    <think>..</think> <answer> .. </answer>
+<think>..</think> <problem> {'dark'} </problem>  ->  <tips> .. </tips>
+<think>..</think> <code> ```python .. ``` </code> ->  the processed image
+<think>..</think> <answer> .. </answer>
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class MiniCoding:
             task=self.name,
             messages=[
                 {"role": "system", "content": _SYSTEM},
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"<query> {question} </query>"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": f"<query> {question} </query>"}],
+                },
             ],
             images=[image],
             gold={"labels": list(labels), "answer": _answer(figure, topic), "topic": topic, "box": box},

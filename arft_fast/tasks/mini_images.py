@@ -1,4 +1,4 @@
-"""Pictures of task ``mini_coding``: drawn with Pillow, spoiled by MAT-Coding's labels, repaired by one line of code each.
+"""Pictures of task ``mini_coding``: drawn with Pillow, spoiled by MAT-Coding's labels, repaired by a line of code each.
 
 ``distort`` spoils, ``REPAIRS`` undoes.
 """
@@ -27,7 +27,9 @@ DIGITS = tuple("12345")
 WORDS = ("SALE", "OPEN", "EXIT", "TAXI", "CAFE", "BANK")
 
 SINGLE_LABELS = ("rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "crop", "none")
-PAIR_LABELS = tuple((turn, other) for turn in ("rotation90", "rotation180") for other in ("dark", "overexposure", "blur", "noise"))
+PAIR_LABELS = tuple(
+    (turn, other) for turn in ("rotation90", "rotation180") for other in ("dark", "overexposure", "blur", "noise")
+)
 # The line of code that the teacher writes for a label, and the same made in process (a test compares the pixels).
 REPAIRS: Mapping[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
     "rotation90": ("img = img.rotate(90, expand=True)", lambda img: img.rotate(90, expand=True)),
@@ -95,7 +97,9 @@ def distort(image: Image.Image, labels: Sequence[str], rng: Random) -> Image.Ima
             case "blur":
                 image = image.filter(ImageFilter.GaussianBlur(rng.uniform(2.4, 3.0)))
             case "noise":
-                noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(70, 90), (*image.size[::-1], 3))
+                noise = np.random.default_rng(rng.getrandbits(32)).normal(
+                    0, rng.uniform(70, 90), (*image.size[::-1], 3)
+                )
                 image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
             case "crop" | "none":
                 pass

@@ -1,6 +1,7 @@
 """Task ``mini_search``: a question whose answer stands only in the bundled corpus.
 
-    <think>..</think> <search> query </search>  ->  <information> .. </information>  ->  <think>..</think> <answer> .. </answer>
+<think>..</think> <search> query </search>  ->  <information> .. </information>
+<think>..</think> <answer> .. </answer>
 """
 
 from __future__ import annotations
