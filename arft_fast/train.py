@@ -1,4 +1,4 @@
-"""Train a policy by GRPO on live tool use: ``torchrun -m arft_fast.train [--config RECIPE] [--section.name value ...]``.
+"""Train a policy by GRPO on live tool use: ``torchrun -m arft_fast.train [--config NAME] [--section.name VALUE]``.
 
 One step: prompts -> G trajectories each -> rewards -> group advantages -> one update -> the engine's new weights.
 """

@@ -45,7 +45,7 @@ def test_the_best_passage_comes_first(index: SearchIndex) -> None:
 
 
 def test_titles_are_searched(index: SearchIndex) -> None:
-    assert [passage.title for passage in index.search("twin b")][0] == "Twin B"
+    assert index.search("twin b")[0].title == "Twin B"
 
 
 def test_equal_scores_come_in_order_of_insertion(index: SearchIndex) -> None:

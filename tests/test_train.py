@@ -56,8 +56,9 @@ def test_a_run_leaves_everything_that_was_promised(finished: Path) -> None:
     assert {"reward_first10", "reward_last10", "seconds"} <= set(summary)
     steps = [row for row in _metrics(finished) if "reward" in row]
     assert len(steps) == 2
-    assert {"reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "grad_norm", "completions/mean_length",
-            "rewards/format/mean", "rewards/accuracy/std", "tools/call_frequency", "num_tokens"} <= set(steps[0])  # fmt: skip
+    names = "reward reward_std frac_reward_zero_std entropy kl grad_norm completions/mean_length num_tokens"
+    names += " rewards/format/mean rewards/accuracy/std tools/call_frequency"
+    assert set(names.split()) <= set(steps[0])
     assert Image.open(finished / "reward.png").size[0] > 500
 
 
@@ -139,18 +140,26 @@ def test_what_cannot_be_used_is_one_clear_line_before_any_work(flags: list[str],
 
 def _mat_rows(kind: str) -> list[dict[str, str]]:
     """Rows in the published schema."""
-    query = "<query> What is the colour of the shape? </query>"
+    query, answer = "<query> What is the colour of the shape? </query>", "<answer> red </answer>"
     if kind == "search":
         return [
             {"image_path": "0.png", "problem": query, "solution": "<search> Mira Tolvan birthplace </search>"},
-            {"image_path": "1.png", "problem": query, "solution": "<answer> red </answer>"},
+            {"image_path": "1.png", "problem": query, "solution": answer},
         ]
     code = "<code>\n```python\nimg.save('path_to_output_image.jpg')\n```\n</code>"
+    problem = "<problem> {'dark'} </problem>"
     return [
-        {"type": "pre_problem", "image_path": "0.png", "problem": query, "solution": "<problem> {'dark'} </problem>", "gt": ""},
-        {"type": "pre_code", "image_path": "0.png", "problem": query, "context": "<problem> {'dark'} </problem>", "solution": code, "gt": ""},
-        {"type": "pre_answer", "image_path": "1.png", "problem": query, "context": "done", "solution": "<answer> red </answer>", "gt": ""},
-    ]  # fmt: skip
+        {"type": "pre_problem", "image_path": "0.png", "problem": query, "solution": problem, "gt": ""},
+        {"type": "pre_code", "image_path": "0.png", "problem": query, "context": problem, "solution": code, "gt": ""},
+        {
+            "type": "pre_answer",
+            "image_path": "1.png",
+            "problem": query,
+            "context": "done",
+            "solution": answer,
+            "gt": "",
+        },
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,12 +175,9 @@ def test_the_published_training_files_start_stepwise_training(
         draw_sign(random_figure(rng), rng).save(tmp_path / f"{k}.png")
     (tmp_path / name).write_text(json.dumps(_mat_rows(kind)))
     policy.save(tmp_path / "model")
-    done = _run(
-        [*TRAIN, "--config", f"mat_{kind}", "--task.data", str(tmp_path), "--policy.model", "model", "--policy.dtype", "float32",
-         "--train.steps", "1", "--train.prompts_per_step", "2", "--rollout.group_size", "2", "--rollout.max_turn_tokens", "24",
-         "--eval.prompts_per_task", "0", "--run.dir", "run"],
-        tmp_path,
-    )  # fmt: skip
+    short = "--policy.dtype float32 --train.steps 1 --train.prompts_per_step 2 --rollout.group_size 2"
+    short += " --rollout.max_turn_tokens 24 --eval.prompts_per_task 0 --run.dir run --policy.model model"
+    done = _run([*TRAIN, "--config", f"mat_{kind}", "--task.data", str(tmp_path), *short.split()], tmp_path)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "trajectories.jsonl").read_text().splitlines()]
     assert len(records) == 4 and {record["ending"] for record in records} == {"step"}

@@ -79,7 +79,7 @@ class Steps:
             f"{name} {value if isinstance(value, str) else format(value, '.4g')}" for name, value in figures.items()
         ]
         seconds = (time.monotonic() - self._start) / self._done
-        shown.append(f"{seconds:.2g} s/{self._title}")
+        shown.append(f"{seconds:.2g} s/step")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=1, figures="  ".join(shown))
         elif self._done % self._every == 0 or self._done == self._total:

@@ -90,10 +90,10 @@ def _output_image(data: bytes | None) -> Image:
     if data is None:
         raise ImageRejected(f"no image was written to '{OUTPUT_NAME}'")
     image = decode_image(data, max_pixels=MAX_OUTPUT_PIXELS)
+    width, height = image.size
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise ImageRejected(
-            f"output image is {image.width}x{image.height}: one side is over {MAX_ASPECT_RATIO} times the other"
-        )
+        narrow = f"one side over {MAX_ASPECT_RATIO} times the other; make it less narrow"
+        raise ImageRejected(f"image is {width}x{height}, {narrow}")
     return image
 
 

@@ -37,10 +37,11 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ class Sandbox:
     """``workers`` zygotes, each running one call at a time.
 
     Construct it anywhere; ``await start()`` before the first CUDA or engine work, or let the first ``run`` start it.
-    From then on it belongs to the running event loop. ``await close()`` leaves no process, descriptor or file.
+    From then on it belongs to the running event loop and its thread; the processes end with either, or with the
+    trainer, however that ends. ``await close()`` leaves no process, descriptor or file; a trainer that is killed leaves
+    a directory ``arft-sandbox-*`` among the temporary files.
 
     Args:
         workers: calls that run at the same time; more wait their turn.
@@ -85,7 +88,10 @@ class Sandbox:
         output_bytes: how much of stdout and of stderr is kept.
     """
 
-    _try = ("namespaces", "landlock")  # tests leave some out, to see what a kernel that refuses them gets
+    _try: tuple[str, ...] = (
+        "namespaces",
+        "landlock",
+    )  # tests leave some out, to see what a kernel that refuses them gets
 
     def __init__(
         self, *, workers: int = 2, timeout_s: float = 5.0, memory_mib: int = 1024, output_bytes: int = 65536
@@ -106,13 +112,13 @@ class Sandbox:
             "output_bytes": output_bytes,
             "try": self._try,
         }
-        self._starting = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._root: tempfile.TemporaryDirectory[str] | None = None
-        self._slots: asyncio.Queue[_Zygote | None] = asyncio.Queue()
+        self._slots: asyncio.Queue[_Zygote | None] = asyncio.Queue()  # None: a zygote is to be started here
         self._zygotes: set[_Zygote] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._layers: tuple[str, ...] = ()
+        self._closing = asyncio.Lock()
         self._closed = False
 
     @property
@@ -121,30 +127,21 @@ class Sandbox:
         return self._layers
 
     async def start(self) -> None:
-        """Start the zygotes; a second call does nothing.
+        """Start the zygotes; nothing to do once they run.
 
         Raises:
-            InfraFault: no zygote came up (not Linux, numpy or Pillow missing, ...), or the sandbox is closed.
+            InfraFault: a zygote did not come up (not Linux, numpy or Pillow missing, ...), or the sandbox is closed.
             RuntimeError: the sandbox was started in another event loop.
         """
-        async with self._starting:
-            if self._closed:
-                raise InfraFault("the sandbox is closed")
-            if self._loop is None:
-                if sys.platform != "linux":
-                    raise InfraFault(f"the sandbox needs Linux, this is {sys.platform}; use a task without code")
-                self._loop = asyncio.get_running_loop()
-                self._root = tempfile.TemporaryDirectory(prefix="arft-sandbox-")
-                started = await asyncio.gather(*[self._spawn() for _ in range(self._workers)], return_exceptions=True)
-                faults = [zygote for zygote in started if isinstance(zygote, BaseException)]
-                if faults:
-                    await self._shut()
-                    raise faults[0]
-                for zygote in started:
-                    assert isinstance(zygote, _Zygote)
-                    self._slots.put_nowait(zygote)
-            elif self._loop is not asyncio.get_running_loop():
-                raise RuntimeError("this Sandbox was started in another event loop; make one Sandbox per loop")
+
+        async def warm() -> None:
+            async with self._turn():
+                pass
+
+        if not self._layers:
+            outcomes = await asyncio.gather(*[warm() for _ in range(self._workers)], return_exceptions=True)
+            for fault in filter(None, outcomes):
+                raise fault
 
     async def run(self, code: str, files: Mapping[str, bytes], collect: Sequence[str]) -> SandboxResult:
         """Run ``code`` in a fresh directory that holds ``files``; hand back the files named in ``collect``.
@@ -154,51 +151,79 @@ class Sandbox:
         Raises:
             ValueError: a file name is not a plain name (letters, digits, ``_ . -``).
             InfraFault: the sandbox itself failed (a zygote died, the sandbox was closed); the next call gets a new one.
+            RuntimeError: the sandbox was started in another event loop.
         """
         for name in (*files, *collect):
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"files and collect take plain file names without folders, got {name!r}")
-        if self._loop is None or self._loop is not asyncio.get_running_loop():
-            await self.start()
+        call = frame.encode({"code": code, "names": list(files), "collect": list(collect)}, list(files.values()))
+        async with self._turn() as zygote:
+            header, (stdout, stderr, *blobs) = await zygote.ask(call, self._timeout_s + _GRACE_S)
+        return SandboxResult(
+            stdout=stdout.decode(errors="replace"),
+            stderr=stderr.decode(errors="replace"),
+            error=header["error"],
+            files=dict(zip(header["names"], blobs, strict=True)),
+            seconds=header["seconds"],
+            timed_out=header["timed_out"],
+        )
+
+    async def close(self) -> None:
+        """End all processes, remove the directory. Calls in flight and later ones raise ``InfraFault``. Idempotent."""
+        async with self._closing:
+            if self._closed or self._root is None:
+                self._closed = True
+                return
+            self._bind()
+            self._closed = True
+            idle = []
+            while not self._slots.empty():
+                idle.append(self._slots.get_nowait())
+            for zygote in self._zygotes.difference(idle):
+                zygote.kill()  # its call raises InfraFault and gives the slot back
+            while len(idle) < self._workers:
+                idle.append(await self._slots.get())
+            await asyncio.gather(*[zygote.end() for zygote in self._zygotes], *self._ending)
+            self._zygotes.clear()
+            await asyncio.to_thread(_remove, self._root)
+            for _ in range(self._workers):
+                self._slots.put_nowait(None)  # whoever waits for a turn, now or later, learns that there is none
+
+    def _bind(self) -> None:
+        """The first use decides on the event loop."""
+        if self._loop is None:
+            if sys.platform != "linux":
+                raise InfraFault(f"the sandbox needs Linux, this is {sys.platform}; use a task without code")
+            self._loop = asyncio.get_running_loop()
+            self._root = tempfile.TemporaryDirectory(prefix="arft-sandbox-")
+            for _ in range(self._workers):
+                self._slots.put_nowait(None)
+        elif self._loop is not asyncio.get_running_loop():
+            raise RuntimeError("this Sandbox was started in another event loop; make one Sandbox per loop")
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[_Zygote]:
+        """A zygote for one call, started if there is none, thrown away if the call does not end well."""
+        if self._closed:
+            raise InfraFault("the sandbox is closed")
+        self._bind()
         zygote = await self._slots.get()
         try:
-            if self._closed:
-                raise InfraFault("the sandbox is closed")
-            if zygote is None:
+            if zygote is not None and zygote.is_dead:
+                self._discard(zygote)
+                zygote = None
+            if zygote is None and not self._closed:
                 zygote = await self._spawn()
-            header = {"code": code, "names": list(files), "collect": list(collect)}
-            return _result(*await zygote.ask(frame.encode(header, list(files.values())), self._timeout_s + _GRACE_S))
-        except BaseException:  # cancelled or broken in mid-frame: this zygote's pipes are of no more use
+            if zygote is None or self._closed:
+                raise InfraFault("the sandbox is closed")
+            yield zygote
+        except BaseException:  # cancelled or broken in mid-frame: the pipes of this zygote are of no more use
             if zygote is not None:
                 self._discard(zygote)
                 zygote = None
             raise
         finally:
             self._slots.put_nowait(zygote)
-
-    async def close(self) -> None:
-        """End all processes, remove the directory. Calls in flight and later ones raise ``InfraFault``. Idempotent."""
-        async with self._starting:
-            if not self._closed and self._loop is not None:
-                self._closed = True
-                idle = []
-                while not self._slots.empty():
-                    idle.append(self._slots.get_nowait())
-                for zygote in self._zygotes.difference(idle):
-                    zygote.kill()  # its call raises InfraFault and gives the slot back
-                while len(idle) < self._workers:
-                    idle.append(await self._slots.get())
-                await self._shut()
-                for _ in range(self._workers):
-                    self._slots.put_nowait(None)  # wakes those who still wait for a turn
-            self._closed = True
-
-    async def _shut(self) -> None:
-        self._closed = True
-        await asyncio.gather(*[zygote.end() for zygote in self._zygotes], *self._ending)
-        self._zygotes.clear()
-        if self._root is not None:
-            await asyncio.to_thread(_remove, self._root)
 
     async def _spawn(self) -> _Zygote:
         assert self._root is not None, "start comes first"
@@ -241,6 +266,10 @@ class _Zygote:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
+    @property
+    def is_dead(self) -> bool:
+        return self._process.returncode is not None
+
     async def ask(self, data: bytes, timeout_s: float) -> tuple[dict[str, Any], list[bytes]]:
         """Send a frame (none if empty) and read the answer. Raises ``InfraFault`` when none comes in time."""
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -261,8 +290,10 @@ class _Zygote:
         return header, blobs
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):  # already gone
-            self._process.kill()
+        if not self.is_dead:
+            with suppress(ProcessLookupError):  # gone in this moment
+                # Not Process.kill, which may reap the child before asyncio's watcher does, and so lose its status.
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def end(self) -> None:
         """Close the pipes, which ends a zygote in good health; kill it otherwise; wait until it is gone."""
@@ -272,18 +303,6 @@ class _Zygote:
         except TimeoutError:
             self.kill()
             await self._process.communicate(b"")
-
-
-def _result(header: Mapping[str, Any], blobs: Sequence[bytes]) -> SandboxResult:
-    stdout, stderr, *files = blobs
-    return SandboxResult(
-        stdout=stdout.decode(errors="replace"),
-        stderr=stderr.decode(errors="replace"),
-        error=header["error"],
-        files=dict(zip(header["names"], files, strict=True)),
-        seconds=header["seconds"],
-        timed_out=header["timed_out"],
-    )
 
 
 def _remove(root: tempfile.TemporaryDirectory[str]) -> None:

@@ -20,7 +20,6 @@ import os
 import resource
 import select
 import signal
-import stat
 import sys
 import sysconfig
 import time
@@ -31,12 +30,13 @@ from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from arft_fast.tools.sandbox import confine, frame, landlock
+    from arft_fast.tools.sandbox import confine, frame, landlock, output
 else:  # -I leaves this folder out of the path, and the package around it would load what is not needed here
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     import confine
     import frame
     import landlock
+    import output
 
     del sys.path[0]
 
@@ -49,8 +49,6 @@ PRELOAD = (
     "PIL.ImageFont",
     "PIL.ImageOps",
 )
-OUTPUT_FILE_BYTES = 8 << 20
-"""Largest file that is handed back."""
 REPORT_BYTES = 4096
 
 
@@ -62,9 +60,8 @@ class Zygote:
         self.timeout_s: float = settings["timeout_s"]
         self.output_bytes: int = settings["output_bytes"]
         self.requests = requests
-        self.limits = confine.Limits(
-            cpu_s=math.ceil(self.timeout_s) + 1, memory_bytes=settings["memory_mib"] << 20
-        )  # CPU one second later than the deadline, for what the deadline cannot see
+        # The CPU limit is the deadline's second line, one second behind it.
+        self.limits = confine.Limits(cpu_s=math.ceil(self.timeout_s) + 1, memory_bytes=settings["memory_mib"] << 20)
         names: tuple[str, ...] = ()
         if "namespaces" in settings["try"]:
             for flags in confine.NAMESPACE_SETS:
@@ -99,7 +96,11 @@ class Zygote:
         with ExitStack() as stack:
             home = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, home)
-            captures = [Capture(self.output_bytes), Capture(self.output_bytes, keep="tail"), Capture(REPORT_BYTES)]
+            captures = [
+                output.Capture(self.output_bytes),
+                output.Capture(self.output_bytes, keep="tail"),
+                output.Capture(REPORT_BYTES),
+            ]
             for capture in captures:
                 stack.callback(capture.close)
             started = time.monotonic()
@@ -117,7 +118,7 @@ class Zygote:
             for capture in captures:
                 capture.pump()
             stdout, stderr, report = (bytes(capture.kept) for capture in captures)
-            files, refused = ({}, "") if timed_out else _collect(home, header["collect"])
+            files, refused = ({}, "") if timed_out else output.collect(home, header["collect"])
         confine.clear_directory(directory)
         os.rmdir(directory)
         if not report.startswith(b"+") and not timed_out:
@@ -126,7 +127,7 @@ class Zygote:
         reply = {"error": error, "timed_out": timed_out, "seconds": seconds, "names": list(files)}
         return frame.encode(reply, [stdout, stderr, *files.values()])
 
-    def _watch(self, pid: int, captures: Sequence[Capture], deadline: float) -> bool:
+    def _watch(self, pid: int, captures: Sequence[output.Capture], deadline: float) -> bool:
         """Drain the pipes until the child ends (False) or its time is up (True)."""
         by_fd = {capture.read_fd: capture for capture in captures}
         child = os.pidfd_open(pid)
@@ -185,40 +186,6 @@ class Zygote:
             os._exit(1)
 
 
-class Capture:
-    """A pipe whose reader keeps a bounded part: the first bytes, or the last."""
-
-    def __init__(self, limit: int, keep: str = "head") -> None:
-        self.read_fd, self.write_fd = os.pipe()
-        os.set_blocking(self.read_fd, False)
-        self.kept = bytearray()
-        self._limit, self._keep, self._writable = limit, keep, True
-
-    def pump(self) -> bool:
-        """Read what is there; True at the end of the stream."""
-        for _ in range(16):  # then look at the clock again: a writer may be as fast as this reader
-            try:
-                data = os.read(self.read_fd, 1 << 16)
-            except BlockingIOError:
-                return False
-            if not data:
-                return True
-            if self._keep == "head":
-                self.kept += data[: self._limit - len(self.kept)]
-            else:
-                self.kept = (self.kept + data)[-self._limit :]
-        return False
-
-    def close_write(self) -> None:
-        if self._writable:
-            os.close(self.write_fd)
-            self._writable = False
-
-    def close(self) -> None:
-        self.close_write()
-        os.close(self.read_fd)
-
-
 def _execute(code: str, report: int) -> NoReturn:
     """Run ``code`` as a script would run, and leave with a script's exit status."""
     main = types.ModuleType("__main__")
@@ -229,58 +196,35 @@ def _execute(code: str, report: int) -> NoReturn:
     out = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     err = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stdout, sys.stderr = out, err
-    status, line = 0, ""
+    status = 0
     try:
         exec(compile(code, "<code>", "exec", dont_inherit=True), main.__dict__)
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        line = "" if isinstance(leaving.code, int | None) else str(leaving.code)
+        if not isinstance(leaving.code, int | None):
+            _report(report, str(leaving.code))
     except BaseException as error:
         status = 1
-        line = traceback.format_exception_only(error)[-1]
+        _report(report, traceback.format_exception_only(error)[-1])
         if not err.closed:
             inner = error.__traceback__ and error.__traceback__.tb_next  # without this function's own frame
             traceback.print_exception(error.with_traceback(inner), file=err)
-    if line:
-        os.write(report, " ".join(line.split()).encode(errors="backslashreplace")[: REPORT_BYTES - 1])
     if not out.closed:
         out.flush()
     os._exit(status & 0xFF)
+
+
+def _report(fd: int, line: str) -> None:
+    os.write(fd, " ".join(line.split()).encode(errors="backslashreplace")[: REPORT_BYTES - 1])
 
 
 def _verdict(status: int, timed_out: bool, report: str, timeout_s: float) -> str | None:
     if timed_out:
         return f"timed out after {timeout_s:g} s"
     if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
+        name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
+        return f"killed by {name}"
     return (report or f"exited with status {status}") if status else None
-
-
-def _collect(home: int, names: Sequence[str]) -> tuple[dict[str, bytes], str]:
-    """Read regular files of bounded size; returns them and why one was refused. A missing file is just missing.
-
-    A link is not followed and a FIFO does not block.
-    """
-    files = {}
-    refused = ""
-    for name in names:
-        try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=home)
-        except FileNotFoundError:
-            continue
-        except OSError as error:  # a link (ELOOP), a socket (ENXIO), no permission
-            refused = f"{name} cannot be read: {error.strerror}"
-            continue
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            refused = f"{name} is not a regular file"
-        elif info.st_size > OUTPUT_FILE_BYTES:
-            refused = f"{name} has {info.st_size} bytes, more than {OUTPUT_FILE_BYTES}"
-        else:
-            with open(fd, "rb", closefd=False) as file:
-                files[name] = file.read(OUTPUT_FILE_BYTES)
-        os.close(fd)
-    return files, refused
 
 
 def _readable_paths() -> list[str]:
