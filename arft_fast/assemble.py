@@ -15,7 +15,6 @@ from arft_fast.policy.model import Policy, check_source, load_policy
 from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.tiny import build_tiny
 from arft_fast.rollout.agent import Agent, Limits, SamplingSettings
-from arft_fast.rollout.compute import ComputeThread
 from arft_fast.rollout.engine import Engine
 from arft_fast.rollout.teacher import teacher_texts
 from arft_fast.rollout.transformers_engine import TransformersEngine
@@ -142,9 +141,9 @@ def open_policy(config: Config, mixture: Mixture, ranks: Ranks) -> Policy:
         )
 
 
-def open_engine(config: Config, policy: Policy, compute: ComputeThread) -> Engine:
+def open_engine(config: Config, policy: Policy) -> Engine:
     """The engine that ``rollout.engine`` names, on the policy's current weights."""
-    return TransformersEngine(policy, compute, slots=config.rollout.slots, max_tokens=config.rollout.max_tokens)
+    return TransformersEngine(policy, slots=config.rollout.slots, max_tokens=config.rollout.max_tokens)
 
 
 def open_agents(

@@ -156,7 +156,7 @@ class ColdStartConfig(_Section):
     slip_steps: int = 40
     """Updates after that on a teacher that makes slips, so that there is something left to learn."""
     slip_rate: float = 0.15
-    """Probability of each kind of slip."""
+    """Probability of a wrong label, answer or name; a turn's format is wrong four times as often."""
     slip_learning_rate: float = 5e-4
     """Learning rate on traces with slips."""
     traces: int = 1000
@@ -168,8 +168,8 @@ class ColdStartConfig(_Section):
         self._at_least(0, "steps", "warmup_steps", "slip_steps")
         self._at_least(1, "batch_size", "traces")
         self._positive("learning_rate", "slip_learning_rate")
-        if not 0 <= self.slip_rate <= 1:
-            self._refuse("slip_rate", "give a probability, 0 to 1")
+        if not 0 <= self.slip_rate <= 0.25:
+            self._refuse("slip_rate", "give a probability from 0 to 0.25")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class TrainConfig(_Section):
 
     _name = "train"
 
-    steps: int = 40
+    steps: int = 50
     """Updates."""
     prompts_per_step: int = 4
     """Prompts (groups) an update, over all ranks."""

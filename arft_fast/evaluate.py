@@ -20,7 +20,6 @@ from arft_fast.policy.parallel import Ranks
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS
 from arft_fast.rollout.agent import SamplingSettings
 from arft_fast.rollout.collect import collect
-from arft_fast.rollout.compute import ComputeThread
 from arft_fast.rollout.engine import Engine
 from arft_fast.rollout.evaluation import Evaluation, summarise
 from arft_fast.rollout.stop import StopSignal
@@ -49,15 +48,13 @@ async def evaluate(
 
 
 async def _run(config: Config, ranks: Ranks, mixture: Mixture, stop: StopSignal) -> dict[str, Evaluation]:
-    compute = ComputeThread(ranks.device)
-    policy = await compute(open_policy, config, mixture, ranks)
-    engine = open_engine(config, policy, compute)
+    policy = open_policy(config, mixture, ranks)
+    engine = open_engine(config, policy)
     try:
         return await evaluate(config, policy, engine, mixture, ranks, stop)
     finally:
         await engine.close()
         await mixture.close()
-        compute.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

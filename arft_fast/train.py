@@ -28,7 +28,6 @@ from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.update import GrpoLoss, Optimizer, grpo_update
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
 from arft_fast.rollout.collect import collect
-from arft_fast.rollout.compute import ComputeThread
 from arft_fast.rollout.stop import Stopped, StopSignal
 from arft_fast.run import Evaluations, Run, open_run
 from arft_fast.tasks.mixture import Mixture
@@ -38,14 +37,13 @@ from arft_fast.trajectory import Group
 async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: StopSignal) -> None:
     """The whole run: cold start, evaluation, GRPO, evaluation, checkpoint."""
     settings = config.train
-    compute = ComputeThread(ranks.device)
-    policy = await compute(open_policy, config, mixture, ranks)
+    policy = open_policy(config, mixture, ranks)
     before: Evaluations | None = None
     after: Evaluations | None = None
     stopped = False
-    engine = open_engine(config, policy, compute)
+    engine = open_engine(config, policy)
     try:
-        await compute(cold_start, config, policy, mixture, ranks, run.console, stop)
+        cold_start(config, policy, mixture, ranks, run.console, stop)
         reference = policy.frozen_copy() if settings.kl_beta > 0 else None
         agents = open_agents(config, policy, engine, mixture)
         optimizer = Optimizer(
@@ -68,9 +66,7 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
                 stop.check(ranks)
                 advantages = compare(groups, settings.scale_rewards, ranks)
                 trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-                report, stats = await compute(
-                    grpo_update, policy, reference, optimizer, trajectories, advantages, loss, ranks
-                )
+                report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
                 engine.load_weights(step + 1)
                 metrics = run.step(step, groups, report, stats)
                 progress.advance(reward=metrics["reward"], entropy=metrics["entropy"])
@@ -84,7 +80,6 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
     finally:
         await engine.close()
         await mixture.close()
-        compute.close()
     run.save(policy)
     run.finish(before, after, stopped=stopped)
 

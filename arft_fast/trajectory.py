@@ -38,7 +38,7 @@ class Prompt:
     task: str
     """Task name, e.g. ``mini_coding``; selects the tools and the reward."""
     messages: Sequence[Mapping[str, Any]]
-    """Chat messages: ``role`` and ``content``, a text or parts ``{"type": "image"}``, ``{"type": "text", "text": ..}``."""
+    """Chat messages: ``role`` and ``content``, a text or parts (``{"type": "image"}``, ``{"type": "text", ...}``)."""
     images: Sequence[Image] = ()
     """One RGB image per image part, in order."""
     gold: Mapping[str, Any] = field(default_factory=dict)

@@ -13,7 +13,6 @@ from arft_fast.policy.forward import collate
 from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
 from arft_fast.policy.update import score
-from arft_fast.rollout.compute import ComputeThread
 from arft_fast.rollout.engine import Generation, Sampling
 from arft_fast.rollout.ledger import Ledger
 from arft_fast.rollout.sampling import sample
@@ -26,13 +25,11 @@ MAX_TOKENS = 160
 
 def _with_engine(policy: Policy, work: Callable[[TransformersEngine], Awaitable[T]], slots: int = 8) -> T:
     async def run() -> T:
-        compute = ComputeThread(policy.device)
-        engine = TransformersEngine(policy, compute, slots=slots, max_tokens=MAX_TOKENS)
+        engine = TransformersEngine(policy, slots=slots, max_tokens=MAX_TOKENS)
         try:
             return await work(engine)
         finally:
             await engine.close()
-            compute.close()
 
     return asyncio.run(run())
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from random import Random
 
+# Beside its errors the teacher has a bad habit: it often skips its thought, four times as often as it errs.
+_HABIT = 4.0
+_SAID_TWICE = 1 / 6
+
 
 def slip_format(text: str, rng: Random, rate: float) -> str:
-    """``text`` with its format spoiled with probability ``rate``: the thought is left out, open, or said twice.
+    """``text`` with its format spoiled with probability ``4 rate``: the thought is left out or, rarely, said twice.
 
     The action itself stays whole, so the episode goes on and only the format reward is lost.
     """
-    if rng.random() >= rate:
+    if rng.random() >= _HABIT * rate:
         return text
     end = text.find("</think>") + len("</think>")
     thought, rest = text[:end], text[end:].lstrip()
-    kind = rng.randrange(3)
-    if kind == 0:
-        return rest
-    return thought.removesuffix("</think>") + rest if kind == 1 else thought + thought + rest
+    return thought + thought + rest if rng.random() < _SAID_TWICE else rest

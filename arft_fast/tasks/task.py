@@ -49,7 +49,8 @@ class Demonstrates(Protocol):
     """A task with a teacher: what cold start imitates."""
 
     def demonstrate(self, prompt: Prompt, rng: Random, slip_rate: float = 0.0) -> Sequence[Turn]:
-        """The teacher's whole episode. With ``slip_rate`` p, each label, answer, name and format is wrong with p."""
+        """The teacher's whole episode. With ``slip_rate`` p, each label, answer and name is wrong with probability p,
+        and each turn's format with 4 p."""
         ...
 
     def scaffold_texts(self) -> Sequence[str]:
