@@ -100,7 +100,8 @@ class TaskConfig(_Section):
     def __post_init__(self) -> None:
         if not self.name or len(set(self.name)) < len(self.name):
             raise BadValue("task.name", f"is {' '.join(self.name) or 'empty'} (give one or more different task names)")
-        self._at_least(1, "max_turns", "top_k", "code_memory_mib", "code_workers")
+        self._at_least(1, "max_turns", "top_k", "code_workers")
+        self._at_least(256, "code_memory_mib")
         self._positive("code_timeout_s")
 
 

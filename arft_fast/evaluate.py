@@ -33,9 +33,13 @@ async def evaluate(
 ) -> dict[str, Evaluation]:
     """Held-out episodes, ``sampled`` as in training (``eval.samples`` an item) and ``greedy`` (one an item).
 
+    Nothing (an empty dict) when ``eval.prompts_per_task`` is 0.
+
     Raises:
         Stopped: a stop was requested.
     """
+    if not config.eval.prompts_per_task:
+        return {}
     prompts = ranks.share(mixture.eval_prompts(config.eval.prompts_per_task))
     results = {}
     for way, sampling, samples in (("sampled", None, config.eval.samples), ("greedy", GREEDY, 1)):
@@ -48,6 +52,7 @@ async def evaluate(
 
 
 async def _run(config: Config, ranks: Ranks, mixture: Mixture, stop: StopSignal) -> dict[str, Evaluation]:
+    await mixture.start()
     policy = open_policy(config, mixture, ranks)
     engine = open_engine(config, policy)
     try:

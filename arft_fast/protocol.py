@@ -114,6 +114,13 @@ def parse_code(body: str) -> str | None:
     return body[len(fence) : end] if body.startswith(fence) and end >= 0 else None
 
 
+def neutralise(text: str) -> str:
+    """``text`` of a tool with its protocol tags opened up (``< answer>``), so that none speaks for the scaffold."""
+    for tag in PROTOCOL_TAGS:
+        text = text.replace(tag, f"< {tag[1:]}")
+    return text
+
+
 def _block(text: str, tag: str) -> tuple[str | None, int]:
     """Stripped inner text of the first complete ``tag`` block and the index after it; ``(None, len(text))`` without."""
     opening, closing = f"<{tag}>", f"</{tag}>"

@@ -92,6 +92,8 @@ class Run:
         for way, evaluation in evaluations.items():
             for task, figures in evaluation.tasks.items():
                 self.folder.log_metrics(step, {f"eval/{way}/{task}/{name}": value for name, value in figures.items()})
+        if not evaluations:
+            return
         reward = evaluations["sampled"].reward
         if self._best is None or reward > self._best:
             self._best = reward

@@ -37,6 +37,8 @@ from arft_fast.trajectory import Group
 async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: StopSignal) -> None:
     """The whole run: cold start, evaluation, GRPO, evaluation, checkpoint."""
     settings = config.train
+    for line in await mixture.start():
+        run.console.print(line)
     policy = open_policy(config, mixture, ranks)
     before: Evaluations | None = None
     after: Evaluations | None = None

@@ -14,6 +14,7 @@ from arft_fast.protocol import (
     PROTOCOL_TAGS,
     STOP_TAGS,
     Action,
+    neutralise,
     parse_code,
     parse_labels,
     parse_turn,
@@ -212,3 +213,12 @@ def test_a_turn_that_cannot_be_read_back_is_not_rendered(think: str, kind: str, 
 def test_labels_that_cannot_be_read_back_are_not_rendered(labels: list[str]) -> None:
     with pytest.raises(ValueError, match="labels"):
         render_labels(labels)
+
+
+@given(st.lists(st.one_of(st.sampled_from(PROTOCOL_TAGS), st.text(max_size=4)), max_size=8))
+def test_no_protocol_tag_is_left_in_a_neutralised_text(pieces: list[str]) -> None:
+    assert not any(tag in neutralise("".join(pieces)) for tag in PROTOCOL_TAGS)
+
+
+def test_neutralising_leaves_other_text_as_it_is() -> None:
+    assert neutralise("a < b, <b>bold</b>, <answer> 3") == "a < b, <b>bold</b>, < answer> 3"

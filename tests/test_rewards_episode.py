@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from arft_fast.protocol import PROTOCOL_TAGS, render_turn
-from arft_fast.rewards.compose import reward_matrix, total_reward
+from arft_fast.rewards.compose import reward_matrix
 from arft_fast.rewards.episode import GoldStep, episode_rewards
 from arft_fast.trajectory import Ending, Group, Prompt, Trajectory, Turn
 
@@ -151,17 +151,6 @@ def trajectory(prompt: Prompt, rewards: dict[str, float], ending: Ending = Endin
         ending=ending,
         rewards=rewards,
     )
-
-
-def test_the_total_is_the_weighted_sum_and_ignores_what_only_reports() -> None:
-    rewards = {"format": 0.5, "accuracy": 0.25, "answer_em": 1.0}
-    assert total_reward(rewards) == 0.75
-    assert total_reward(rewards, {"format": 0.0, "accuracy": 2.0}) == 0.5
-
-
-def test_a_weight_for_a_component_that_was_not_scored_is_refused() -> None:
-    with pytest.raises(ValueError, match="acuracy"):
-        total_reward({"format": 1.0, "accuracy": 1.0}, {"acuracy": 1.0})
 
 
 def test_the_matrix_has_a_row_of_nan_where_the_world_failed() -> None:

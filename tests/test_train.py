@@ -56,7 +56,7 @@ def test_a_run_leaves_everything_that_was_promised(finished: Path) -> None:
     assert {"reward_first10", "reward_last10", "seconds"} <= set(summary)
     steps = [row for row in _metrics(finished) if "reward" in row]
     assert len(steps) == 2
-    names = "reward reward_std frac_reward_zero_std entropy kl grad_norm completions/mean_length num_tokens"
+    names = "reward reward_std frac_reward_zero_std entropy grad_norm completions/mean_length num_tokens"
     names += " rewards/format/mean rewards/accuracy/std tools/call_frequency"
     assert set(names.split()) <= set(steps[0])
     assert Image.open(finished / "reward.png").size[0] > 500

@@ -160,6 +160,21 @@ def test_a_gradient_is_clipped_to_the_norm_and_its_own_norm_reported() -> None:
     assert seen == pytest.approx([1.0], rel=1e-4)
 
 
+def test_bfloat16_weights_learn_at_the_published_learning_rate() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = Optimizer([parameter], learning_rate=1e-4, total_steps=10**9, ranks=ALONE)
+
+    def backward() -> float:
+        parameter.grad = torch.ones_like(parameter)
+        return 0.0
+
+    optimizer.step(backward)
+    assert parameter[0].item() == 1.0  # one step is below bfloat16's resolution ...
+    for _ in range(99):
+        optimizer.step(backward)
+    assert parameter[0].item() == pytest.approx(1.0 - 100e-4, abs=4e-3)  # ... and is kept all the same
+
+
 def test_micro_batches_hold_everything_once_within_the_budget(policy: Policy) -> None:
     episodes = [_episode(policy, seed) for seed in range(9)]
     batches = list(micro_batches(episodes, 60))

@@ -50,7 +50,12 @@ class Optimizer:
         self._parameters = list(parameters)
         self._ranks = ranks
         self._max_grad_norm = max_grad_norm
-        self._adamw = torch.optim.AdamW(self._parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        # bfloat16 keeps 8 bits of a weight: a step of 1e-6 would be rounded away, so AdamW steps on float32 copies.
+        self._masters = [
+            p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
+            for p in self._parameters
+        ]
+        self._adamw = torch.optim.AdamW(self._masters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
         self._peak, self._warmup, self._total = learning_rate, warmup_steps, total_steps
         self._steps = 0
 
@@ -62,7 +67,7 @@ class Optimizer:
 
     def step(self, backward: Callable[[], float]) -> StepReport:
         """Run ``backward`` (it accumulates gradients and returns this rank's loss) and apply the summed gradient."""
-        self._adamw.zero_grad(set_to_none=True)
+        self._zero_gradients()
         loss = backward()
         self._ranks.sum_gradients(self._parameters)
         norm = float(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
@@ -75,9 +80,23 @@ class Optimizer:
             for group in self._adamw.param_groups:
                 group["lr"] = rate
             nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, torch.tensor(norm))
-            self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+            self._apply()
+        self._zero_gradients()
         return StepReport(loss=loss, grad_norm=norm, learning_rate=rate, skipped=not finite)
+
+    def _zero_gradients(self) -> None:
+        for parameter in (*self._parameters, *self._masters):
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """AdamW on the masters, then their values to the parameters that are kept in less precision."""
+        reduced = [(p, m) for p, m in zip(self._parameters, self._masters, strict=True) if m is not p]
+        for parameter, master in reduced:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self._adamw.step()
+        for parameter, master in reduced:
+            parameter.copy_(master)
 
 
 def micro_batches(trajectories: Sequence[Trajectory], budget: int) -> Iterator[list[int]]:
@@ -121,8 +140,8 @@ def grpo_update(
         advantages: [B] float.
 
     Returns:
-        The step's report and the loss statistics, means over all ranks' sampled tokens: ``entropy``, ``kl`` and
-        ``sampler_gap`` (mean absolute difference of the engine's and the trainer's log-probs).
+        The step's report and the loss statistics, means over all ranks' sampled tokens: ``entropy``, ``sampler_gap``
+        (mean absolute difference of the engine's and the trainer's log-probs) and, with a reference, ``kl``.
     """
     trains = [i for i, t in enumerate(trajectories) if not t.infra_failed and t.completion_length]
     sequences, tokens = ranks.sum(len(trains), sum(trajectories[i].completion_length for i in trains))
@@ -143,7 +162,8 @@ def grpo_update(
     report = optimizer.step(backward)
     entropy, kl, gap, seen = ranks.sum(*sums.values())
     per_token = max(seen, 1.0)
-    return report, {"entropy": entropy / per_token, "kl": kl / per_token, "sampler_gap": gap / per_token}
+    measured = {"entropy": entropy / per_token, "sampler_gap": gap / per_token}
+    return report, measured | ({"kl": kl / per_token} if settings.beta > 0 else {})
 
 
 def _backward_micro_batch(

@@ -1,6 +1,6 @@
 """Rule-based rewards of arXiv 2505.14246: text metrics, step rewards, episode rewards, and their composition."""
 
-from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix, total_reward
+from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
 from arft_fast.rewards.episode import GoldStep, episode_rewards
 from arft_fast.rewards.format import coding_format, search_format
 from arft_fast.rewards.similarity import QuerySimilarity, lexical_similarity, thresholded
@@ -24,5 +24,4 @@ __all__ = [
     "search_step_rewards",
     "thresholded",
     "token_f1",
-    "total_reward",
 ]

@@ -12,19 +12,6 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {"format": 1.0, "accuracy": 1.0}
 """The paper's reward: accuracy + format, in [0, 2] (arXiv 2505.14246). Components that are not named here report."""
 
 
-def total_reward(rewards: Mapping[str, float], weights: Mapping[str, float] = DEFAULT_WEIGHTS) -> float:
-    """``sum_k weights[k] * rewards[k]`` over the weighted components.
-
-    Raises:
-        ValueError: a weighted component is missing from ``rewards``.
-    """
-    missing = [name for name in weights if name not in rewards]
-    if missing:
-        known = ", ".join(rewards) or "no component"
-        raise ValueError(f"weights names {', '.join(missing)}, but the task scored {known}; name components it scores")
-    return float(sum(weight * rewards[name] for name, weight in weights.items()))
-
-
 def reward_matrix(groups: Sequence[Group], names: Sequence[str]) -> np.ndarray:
     """Reward components of all trajectories, what ``kernels.group_advantage`` takes.
 

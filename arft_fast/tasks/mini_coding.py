@@ -14,7 +14,7 @@ from random import Random
 
 from PIL import Image
 
-from arft_fast.protocol import Action, parse_labels, parse_turn, render_labels, render_turn
+from arft_fast.protocol import Action, neutralise, parse_labels, parse_turn, render_labels, render_turn
 from arft_fast.rewards.episode import GoldStep, episode_rewards
 from arft_fast.tasks.mini_images import (
     COLOURS,
@@ -95,7 +95,7 @@ class MiniCoding:
             return _tips(parse_labels(action.body))
         if result is None:
             return "<tips> Write problem, code or answer. </tips>"
-        return f"<tips> Failed: {result.error} </tips>" if result.error else "<tips> Processed. </tips>"
+        return f"<tips> Failed: {neutralise(result.error)} </tips>" if result.error else "<tips> Processed. </tips>"
 
     def reward(self, trajectory: Trajectory) -> dict[str, float]:
         gold = trajectory.prompt.gold

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
-from arft_fast.protocol import Action, render_turn
+from arft_fast.protocol import Action, neutralise, render_turn
 from arft_fast.rewards.episode import GoldStep, episode_rewards
 from arft_fast.tasks.mini_corpus import (
     CITIES,
@@ -70,7 +70,7 @@ class MiniSearch:
     def observe(self, action: Action, result: ToolResult | None) -> str:
         if result is None:
             return "<tips> Search or answer. </tips>"
-        return f"<information> {result.error or result.text} </information>"
+        return f"<information> {neutralise(result.error or result.text)} </information>"
 
     def reward(self, trajectory: Trajectory) -> dict[str, float]:
         gold = trajectory.prompt.gold

@@ -24,6 +24,10 @@ class Mixture:
         """Held-out items of every task, task by task."""
         return [prompt for task in self._tasks for prompt in task.eval_prompts(per_task)]
 
+    async def start(self) -> list[str]:
+        """Start every tool; a line for each says what runs."""
+        return [await tool.start() for task in self._tasks for tool in task.tools.values()]
+
     async def close(self) -> None:
         """Close every tool."""
         for task in self._tasks:

@@ -69,6 +69,15 @@ class PythonImageCode:
                     error = str(rejected)
         return ToolResult(text=text, images=images, error=_one_line(error), seconds=time.perf_counter() - started)
 
+    async def start(self) -> str:
+        """Start the sandbox; the line names its active layers.
+
+        Raises:
+            InfraFault: the sandbox cannot start here.
+        """
+        await self._sandbox.start()
+        return f"{self.name}: sandbox with {', '.join(self._sandbox.layers)}"
+
     async def close(self) -> None:
         await self._sandbox.close()
 

@@ -157,6 +157,10 @@ class SearchIndex:
             text = self.render(await asyncio.get_running_loop().run_in_executor(self._threads, self.search, argument))
         return ToolResult(text=text, error=error, seconds=time.perf_counter() - started)
 
+    async def start(self) -> str:
+        """Nothing is to be started: the file was opened and checked when this object was made."""
+        return f"{self.name}: BM25 over {self._path.name}, top {self._top_k}"
+
     async def close(self) -> None:
         """Wait for the queries under way, then release everything. Idempotent."""
         self._closed = True
