@@ -157,7 +157,7 @@ class ColdStartConfig(_Section):
     slip_steps: int = 40
     """Updates after that on a teacher that makes slips, so that there is something left to learn."""
     slip_rate: float = 0.15
-    """Probability of a wrong label, answer or name; a turn's format is wrong four times as often."""
+    """Probability of a wrong label, answer or name; a turn's format is wrong five times as often."""
     slip_learning_rate: float = 5e-4
     """Learning rate on traces with slips."""
     traces: int = 1000
@@ -169,8 +169,8 @@ class ColdStartConfig(_Section):
         self._at_least(0, "steps", "warmup_steps", "slip_steps")
         self._at_least(1, "batch_size", "traces")
         self._positive("learning_rate", "slip_learning_rate")
-        if not 0 <= self.slip_rate <= 0.25:
-            self._refuse("slip_rate", "give a probability from 0 to 0.25")
+        if not 0 <= self.slip_rate <= 0.2:
+            self._refuse("slip_rate", "give a probability from 0 to 0.2")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ def test_a_teacher_that_slips_earns_less(task: Task) -> None:
     rng = Random(0)
     prompts = [task.train_prompt(i) for i in range(200)]
     rewards = [_reward(task, prompt, list(task.demonstrate(prompt, rng, slip_rate=0.15))) for prompt in prompts]
-    assert 1.4 < sum(rewards) / len(rewards) < 1.95
+    assert 0.7 < sum(rewards) / len(rewards) < 1.5
     assert max(rewards) == pytest.approx(2.0)
 
 

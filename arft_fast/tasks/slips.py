@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from random import Random
 
-# Beside its errors the teacher has a bad habit: it often skips its thought, four times as often as it errs.
-_HABIT = 4.0
+# Beside its errors the teacher has a bad habit: it mostly skips its thought, five times as often as it errs.
+_HABIT = 5.0
 _SAID_TWICE = 1 / 6
 
 
 def slip_format(text: str, rng: Random, rate: float) -> str:
-    """``text`` with its format spoiled with probability ``4 rate``: the thought is left out or, rarely, said twice.
+    """``text`` with its format spoiled with probability ``5 rate``: the thought is left out or, rarely, said twice.
 
     The action itself stays whole, so the episode goes on and only the format reward is lost.
     """

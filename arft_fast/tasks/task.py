@@ -50,7 +50,7 @@ class Demonstrates(Protocol):
 
     def demonstrate(self, prompt: Prompt, rng: Random, slip_rate: float = 0.0) -> Sequence[Turn]:
         """The teacher's whole episode. With ``slip_rate`` p, each label, answer and name is wrong with probability p,
-        and each turn's format with 4 p."""
+        and each turn's format with 5 p."""
         ...
 
     def scaffold_texts(self) -> Sequence[str]:
