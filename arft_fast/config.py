@@ -199,7 +199,7 @@ class TrainConfig(_Section):
     """Which standard deviation divides the advantage."""
     reduction: Literal["grpo", "dapo"] = "grpo"
     """Mean over tokens, then trajectories (grpo), or over all tokens of the batch (dapo)."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = 1024
     """Tokens in one forward and backward pass."""
     seed: int = 0
     """Seed of prompts, sampling and initial weights."""

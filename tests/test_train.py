@@ -88,7 +88,7 @@ def test_a_checkpoint_is_evaluated_by_the_documented_command(finished: Path) -> 
 
 
 def test_two_ranks_train_and_write_one_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = _run([*command, "-m", "arft_fast.train", *SHORT, "--run.dir", "run", "--train.kl_beta", "0.04"], tmp_path)
     assert done.returncode == 0, done.stderr
     steps = [row for row in _metrics(tmp_path / "run") if "reward" in row]
