@@ -212,3 +212,18 @@ def test_sampling_follows_the_distribution_and_its_truncations() -> None:
     greedy, at_one = sample(logits, [Sampling(max_tokens=1, temperature=0.0)] * 3000, uniforms)
     assert set(greedy.tolist()) == {2}
     torch.testing.assert_close(at_one, expected.log()[greedy])
+
+
+def test_a_cancelled_request_gives_up_its_slot(policy: Policy) -> None:
+    ids, images = _prompt(policy, "hi", 4)
+
+    async def work(engine: TransformersEngine) -> Generation:
+        endless = asyncio.ensure_future(engine.generate(ids, images, Sampling(max_tokens=100)))
+        await asyncio.sleep(0.02)
+        endless.cancel()
+        generation = await asyncio.wait_for(engine.generate(ids, images, Sampling(max_tokens=4)), 10)
+        await asyncio.sleep(0.02)
+        engine.load_weights(1)  # refuses while anything is generated
+        return generation
+
+    assert len(_with_engine(policy, work, slots=1).token_ids) == 4
