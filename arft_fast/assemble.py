@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from arft_fast.config import Config, ConfigError
 from arft_fast.policy.model import Policy, check_source, load_policy
@@ -50,6 +52,8 @@ def open_ranks(config: Config) -> Iterator[Ranks]:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     ranks = Ranks.initialise(config.policy.device)
+    if not (ranks.main and sys.stderr.isatty()):
+        disable_progress_bar()  # transformers' own, while it loads and saves: a log wants lines
     try:
         yield ranks
     finally:
