@@ -16,6 +16,7 @@ from arft_fast.config import Config, ConfigError
 from arft_fast.policy.model import Policy, check_source, load_policy
 from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.tiny import build_tiny
+from arft_fast.policy.update import GrpoLoss, Optimizer
 from arft_fast.rollout.agent import Agent, Limits, SamplingSettings
 from arft_fast.rollout.engine import Engine
 from arft_fast.rollout.teacher import teacher_texts
@@ -32,7 +33,6 @@ from arft_fast.tools.search_index import SearchIndex, build_index
 
 _TOKENIZER_PROMPTS = 600  # a task's items that the tiny policy's tokenizer is trained on
 TASK_NAMES = ("mini_coding", "mini_search", "mat_coding", "mat_search")
-GREEDY = SamplingSettings(temperature=0.0)
 
 
 @contextmanager
@@ -148,6 +148,28 @@ def open_policy(config: Config, mixture: Mixture, ranks: Ranks) -> Policy:
 def open_engine(config: Config, policy: Policy) -> Engine:
     """The engine that ``rollout.engine`` names, on the policy's current weights."""
     return TransformersEngine(policy, slots=config.rollout.slots, max_tokens=config.rollout.max_tokens)
+
+
+def open_optimizer(config: Config, policy: Policy, ranks: Ranks) -> tuple[Optimizer, GrpoLoss]:
+    """GRPO's optimizer for the policy, and the settings of its loss."""
+    settings = config.train
+    optimizer = Optimizer(
+        policy.trainable_parameters(),
+        learning_rate=settings.learning_rate,
+        total_steps=settings.steps,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        ranks=ranks,
+    )
+    loss = GrpoLoss(
+        beta=settings.kl_beta,
+        epsilon=settings.epsilon,
+        reduction=settings.reduction,
+        temperature=config.rollout.temperature,
+        micro_batch_tokens=settings.micro_batch_tokens,
+    )
+    return optimizer, loss
 
 
 def open_agents(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in training
+# As in training.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import asyncio
 import sys
@@ -52,14 +53,13 @@ async def evaluate(
 
 
 async def _run(config: Config, ranks: Ranks, mixture: Mixture, stop: StopSignal) -> dict[str, Evaluation]:
-    await mixture.start()
-    policy = open_policy(config, mixture, ranks)
-    engine = open_engine(config, policy)
-    try:
-        return await evaluate(config, policy, engine, mixture, ranks, stop)
-    finally:
-        await engine.close()
-        await mixture.close()
+    async with mixture.running_tools():
+        policy = open_policy(config, mixture, ranks)
+        engine = open_engine(config, policy)
+        try:
+            return await evaluate(config, policy, engine, mixture, ranks, stop)
+        finally:
+            await engine.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

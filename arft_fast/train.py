@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "20000"
-)  # wait microseconds for the next small product, then give the core away
+# Idle math threads wait microseconds for the next small product, then leave their core to the tools' processes.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import asyncio
 import sys
@@ -18,16 +17,26 @@ from typing import Literal
 
 import torch
 
-from arft_fast.assemble import check_policy, open_agents, open_engine, open_policy, open_ranks, open_tasks
+from arft_fast.assemble import (
+    check_policy,
+    open_agents,
+    open_engine,
+    open_optimizer,
+    open_policy,
+    open_ranks,
+    open_tasks,
+)
 from arft_fast.cold_start import cold_start
 from arft_fast.config import Config
 from arft_fast.evaluate import evaluate
 from arft_fast.flags import load_config, one_line_errors
 from arft_fast.kernels import group_advantage
+from arft_fast.policy.model import Policy
 from arft_fast.policy.parallel import Ranks
-from arft_fast.policy.update import GrpoLoss, Optimizer, grpo_update
+from arft_fast.policy.update import grpo_update
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
 from arft_fast.rollout.collect import collect
+from arft_fast.rollout.engine import Engine
 from arft_fast.rollout.stop import Stopped, StopSignal
 from arft_fast.run import Evaluations, Run, open_run
 from arft_fast.tasks.mixture import Mixture
@@ -36,54 +45,53 @@ from arft_fast.trajectory import Group
 
 async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: StopSignal) -> None:
     """The whole run: cold start, evaluation, GRPO, evaluation, checkpoint."""
-    settings = config.train
-    for line in await mixture.start():
-        run.console.print(line)
-    policy = open_policy(config, mixture, ranks)
     before: Evaluations | None = None
     after: Evaluations | None = None
     stopped = False
-    engine = open_engine(config, policy)
-    try:
-        cold_start(config, policy, mixture, ranks, run.console, stop)
-        reference = policy.frozen_copy() if settings.kl_beta > 0 else None
-        agents = open_agents(config, policy, engine, mixture)
-        optimizer = Optimizer(
-            policy.trainable_parameters(), learning_rate=settings.learning_rate, total_steps=settings.steps,
-            betas=settings.betas, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm, ranks=ranks,
-        )  # fmt: skip
-        loss = GrpoLoss(
-            beta=settings.kl_beta, epsilon=settings.epsilon, reduction=settings.reduction,
-            temperature=config.rollout.temperature, micro_batch_tokens=settings.micro_batch_tokens,
-        )  # fmt: skip
-        before = await evaluate(config, policy, engine, mixture, ranks, stop)
-        run.evaluated(0, policy, before)
-        with run.console.progress("step", settings.steps) as progress:
-            for step in range(settings.steps):
-                start = step * settings.prompts_per_step
-                prompts = ranks.share(mixture.train_prompts(start, settings.prompts_per_step))
-                seed = (settings.seed, step)
-                rollout = collect(prompts, agents, mixture.by_name, group_size=config.rollout.group_size, seed=seed)
-                groups = await stop.guard(rollout) or []
-                stop.check(ranks)
-                advantages = compare(groups, settings.scale_rewards, ranks)
-                trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-                report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
-                engine.load_weights(step + 1)
-                metrics = run.step(step, groups, report, stats)
-                progress.advance(reward=metrics["reward"], entropy=metrics["entropy"])
-                if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < settings.steps:
-                    run.evaluated(step + 1, policy, await evaluate(config, policy, engine, mixture, ranks, stop))
-        after = await evaluate(config, policy, engine, mixture, ranks, stop)
-        run.evaluated(settings.steps, policy, after)
-    except Stopped:
-        stopped = True
-        run.console.print("stopped on request; saving")
-    finally:
-        await engine.close()
-        await mixture.close()
+    async with mixture.running_tools() as lines:  # before any engine or CUDA work
+        run.console.print("\n".join(lines))
+        policy = open_policy(config, mixture, ranks)
+        engine = open_engine(config, policy)
+        try:
+            cold_start(config, policy, mixture, ranks, run.console, stop)
+            before = await evaluate(config, policy, engine, mixture, ranks, stop)
+            run.evaluated(0, policy, before)
+            await reinforce(config, policy, engine, mixture, ranks, run, stop)
+            after = await evaluate(config, policy, engine, mixture, ranks, stop)
+            run.evaluated(config.train.steps, policy, after)
+        except Stopped:
+            stopped = True
+            run.console.print("stopped on request; saving")
+        finally:
+            await engine.close()
     run.save(policy)
     run.finish(before, after, stopped=stopped)
+
+
+async def reinforce(
+    config: Config, policy: Policy, engine: Engine, mixture: Mixture, ranks: Ranks, run: Run, stop: StopSignal
+) -> None:
+    """GRPO (arXiv 2402.03300), on-policy: one update a batch."""
+    settings = config.train
+    reference = policy.frozen_copy() if settings.kl_beta > 0 else None
+    agents = open_agents(config, policy, engine, mixture)
+    optimizer, loss = open_optimizer(config, policy, ranks)
+    with run.console.progress("step", settings.steps) as progress:
+        for step in range(settings.steps):
+            start = step * settings.prompts_per_step
+            prompts = ranks.share(mixture.train_prompts(start, settings.prompts_per_step))
+            seed = (settings.seed, step)
+            rollout = collect(prompts, agents, mixture.by_name, group_size=config.rollout.group_size, seed=seed)
+            groups = await stop.guard(rollout) or []
+            stop.check(ranks)
+            advantages = compare(groups, settings.scale_rewards, ranks)
+            trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+            report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
+            engine.load_weights(step + 1)
+            metrics = run.step(step, groups, report, stats)
+            progress.advance(reward=metrics["reward"], entropy=metrics["entropy"])
+            if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < settings.steps:
+                run.evaluated(step + 1, policy, await evaluate(config, policy, engine, mixture, ranks, stop))
 
 
 def compare(groups: Sequence[Group], scale: Literal["group", "batch", "none"], ranks: Ranks) -> torch.Tensor:

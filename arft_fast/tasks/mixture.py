@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 from arft_fast.tasks.task import Task
 from arft_fast.trajectory import Prompt
@@ -24,12 +25,12 @@ class Mixture:
         """Held-out items of every task, task by task."""
         return [prompt for task in self._tasks for prompt in task.eval_prompts(per_task)]
 
-    async def start(self) -> list[str]:
-        """Start every tool; a line for each says what runs."""
-        return [await tool.start() for task in self._tasks for tool in task.tools.values()]
-
-    async def close(self) -> None:
-        """Close every tool."""
-        for task in self._tasks:
-            for tool in task.tools.values():
+    @asynccontextmanager
+    async def running_tools(self) -> AsyncIterator[list[str]]:
+        """Every tool, started; a line for each says what runs. All are closed at the end, also of a failed start."""
+        tools = [tool for task in self._tasks for tool in task.tools.values()]
+        try:
+            yield [await tool.start() for tool in tools]
+        finally:
+            for tool in tools:
                 await tool.close()
