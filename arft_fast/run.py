@@ -129,8 +129,8 @@ class Run:
         if before and after:
             for way in ("sampled", "greedy"):
                 self.console.print(f"{way}:", summary_table(before[way].tasks, after[way].tasks))
-            for tool, (gain, share) in summary["tool_gain"].items():
-                self.console.print(f"{tool}: {gain:+.3f} reward on its own task, {share:.0%} of the gain")
+            for task, (gain, share) in summary["tool_gain"].items():
+                self.console.print(f"{task}: {gain:+.3f} reward through its own tool, {share:.0%} of the gain")
         if self._rewards:
             self.console.print(
                 f"reward (of 2): first 10 steps {summary['reward_first10']:.3f}, last 10 {summary['reward_last10']:.3f}"
