@@ -40,8 +40,12 @@ def open_ranks(config: Config) -> Iterator[Ranks]:
     """This process among its peers; ``train.threads`` applies.
 
     Raises:
-        ConfigError: a batch cannot be shared among the ranks.
+        ConfigError: there is no GPU where one is asked for, or a batch cannot be shared among the ranks.
     """
+    if config.policy.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--policy.device is cuda, and torch finds no GPU (install a CUDA build of torch, or give cpu)"
+        )
     world = int(os.environ.get("WORLD_SIZE", 1))
     for flag, size in (
         ("train.prompts_per_step", config.train.prompts_per_step),

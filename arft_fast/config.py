@@ -53,8 +53,8 @@ class PolicyConfig(_Section):
 
     model: str = "tiny"
     """The embedded Qwen2.5-VL of 2M parameters ("tiny"), or a folder or hub name."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; "auto" is cuda where there is one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it computes; "auto" is cuda where there is a GPU. Each rank of a node takes a GPU of its own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the computation; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     attention: str = "sdpa"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from arft_fast.policy.model import Policy
@@ -126,6 +127,11 @@ REFUSALS = [
     (["--run.dir", "/proc/run"], "run.dir"),
     (["--train.stepz", "3"], "train.steps"),
     (["--rollout.engine", "warp"], "rollout.engine"),
+    pytest.param(
+        ["--policy.device", "cuda"],
+        "policy.device",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+    ),
 ]
 
 
