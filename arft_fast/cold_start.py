@@ -44,7 +44,8 @@ def cold_start(
                 "threads": torch.get_num_threads(),
             },
         )
-        if all(ranks.gather([cache.load(policy)])):
+        if all(ranks.gather([cache.path.is_file()])):  # all or none: ranks that differ here would train apart
+            cache.load(policy)
             console.print(f"cold start: weights of an earlier one with the same settings ({cache.path})")
             return
     phases = (

@@ -197,6 +197,19 @@ def test_a_sequence_that_cannot_fit_is_refused_with_the_remedy(policy: Policy) -
     _with_engine(policy, work)
 
 
+@pytest.mark.parametrize("max_tokens", [112, 120, 127, 128, 129])
+def test_a_sequence_may_fill_the_cache_to_the_last_token(policy: Policy, max_tokens: int) -> None:
+    async def run() -> Generation:
+        engine = TransformersEngine(policy, slots=1, max_tokens=max_tokens)
+        try:
+            await engine.generate([5] * (max_tokens - 6), [], Sampling(max_tokens=1))
+            return await engine.generate([5] * (max_tokens - 3), [], Sampling(max_tokens=3))  # goes on in its slot
+        finally:
+            await engine.close()
+
+    assert len(asyncio.run(run()).token_ids) <= 3
+
+
 def test_sampling_follows_the_distribution_and_its_truncations() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, float("-inf")]]).repeat(3000, 1)
     uniforms = np.random.default_rng(0).random(3000).tolist()

@@ -21,7 +21,6 @@ class SlotCache:
         # Zeros, not empty: a masked column still meets a zero weight, and 0 * NaN is NaN.
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.capacity = capacity
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of slot ``source`` to slot ``target``."""

@@ -49,7 +49,7 @@ class TransformersEngine:
         text_config = policy.model.config.get_text_config()
         # One slot more than is handed out takes the rows that only fill a forward pass up to its fixed shape.
         self._cache = SlotCache(
-            text_config, slots=slots + 1, capacity=-(-(max_tokens + 1) // _VISIBLE) * _VISIBLE + _BUCKET,
+            text_config, slots=slots + 1, capacity=-(-(max_tokens + _BUCKET) // _VISIBLE) * _VISIBLE,
             dtype=policy.model.dtype, device=policy.device,
         )  # fmt: skip
         self._slots = Slots(slots, self._cache)
@@ -166,7 +166,6 @@ class TransformersEngine:
             index[row] = slot.index
             features += self._new_features(request, known)
         visible = -(-int(columns.max() + 1) // _VISIBLE) * _VISIBLE
-        columns.clamp_(max=self._cache.capacity - 1)
         embeddings = embed(self._policy.model, ids.to(device), features)
         hidden = self._forward(embeddings, positions.to(device), index.to(device), columns.to(device), visible)
         for row, slot in enumerate(slots):
