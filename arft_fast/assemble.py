@@ -167,11 +167,17 @@ def open_optimizer(config: Config, policy: Policy, ranks: Ranks) -> tuple[Optimi
         ranks=ranks,
     )
     loss = GrpoLoss(
+        loss=settings.loss,
         beta=settings.kl_beta,
         epsilon=settings.epsilon,
-        reduction=settings.reduction,
+        epsilon_high=settings.epsilon_high,
+        entropy_coef=settings.entropy_coef,
+        sampler_correction=settings.sampler_correction,
+        sampler_clip=settings.sampler_clip,
         temperature=config.rollout.temperature,
+        longest_completion=config.rollout.max_tokens,
         micro_batch_tokens=settings.micro_batch_tokens,
+        drop_no_signal=settings.drop_no_signal,
     )
     return optimizer, loss
 

@@ -193,12 +193,24 @@ class TrainConfig(_Section):
     """The gradient is scaled down to this norm."""
     kl_beta: float = 0.0
     """Weight of the k3 KL to the policy before GRPO, frozen; 0 = no reference model."""
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "gmpo"] = "grpo"
+    """The objective and how tokens are averaged; arft_fast.policy_loss defines each."""
     epsilon: float = 0.2
     """Clip range of the ratio, 1 - epsilon to 1 + epsilon."""
+    epsilon_high: float | None = None
+    """Upper clip range where it differs."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    sampler_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    """Importance weights from the engine's log-probs to the trainer's."""
+    sampler_clip: tuple[float, float] = (0.0, 3.0)
+    """Bounds of these weights."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Which standard deviation divides the advantage."""
-    reduction: Literal["grpo", "dapo"] = "grpo"
-    """Mean over tokens, then trajectories (grpo), or over all tokens of the batch (dapo)."""
+    reward_order: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Rewards are summed and then compared (GRPO), or compared one by one (GDPO)."""
+    drop_no_signal: bool = True
+    """Trajectories that cannot have a gradient skip the forward pass, and the entropy that is reported."""
     micro_batch_tokens: int = 1024
     """Tokens in one forward and backward pass."""
     seed: int = 0
@@ -207,9 +219,13 @@ class TrainConfig(_Section):
     """CPU threads; 0 = torch's choice."""
 
     def __post_init__(self) -> None:
-        self._at_least(0, "steps", "weight_decay", "kl_beta", "seed", "threads")
+        self._at_least(0, "steps", "weight_decay", "kl_beta", "entropy_coef", "seed", "threads")
         self._at_least(1, "prompts_per_step", "micro_batch_tokens")
         self._positive("learning_rate", "max_grad_norm", "epsilon")
+        if self.epsilon_high is not None:
+            self._positive("epsilon_high")
+        if not 0 <= self.sampler_clip[0] < self.sampler_clip[1]:
+            self._refuse("sampler_clip", "give two numbers, 0 <= low < high")
         if not all(0 <= beta < 1 for beta in self.betas):
             self._refuse("betas", "give two numbers from 0 to below 1")
 

@@ -13,7 +13,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import asyncio
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
@@ -27,7 +26,7 @@ from arft_fast.assemble import (
     open_tasks,
 )
 from arft_fast.cold_start import cold_start
-from arft_fast.config import Config
+from arft_fast.config import Config, TrainConfig
 from arft_fast.evaluate import evaluate
 from arft_fast.flags import load_config, one_line_errors
 from arft_fast.kernels import group_advantage
@@ -84,7 +83,7 @@ async def reinforce(
             rollout = collect(prompts, agents, mixture.by_name, group_size=config.rollout.group_size, seed=seed)
             groups = await stop.guard(rollout) or []
             stop.check(ranks)
-            advantages = compare(groups, settings.scale_rewards, ranks)
+            advantages = compare(groups, settings, ranks)
             trajectories = [trajectory for group in groups for trajectory in group.trajectories]
             report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
             engine.load_weights(step + 1)
@@ -94,13 +93,14 @@ async def reinforce(
                 run.evaluated(step + 1, policy, await evaluate(config, policy, engine, mixture, ranks, stop))
 
 
-def compare(groups: Sequence[Group], scale: Literal["group", "batch", "none"], ranks: Ranks) -> torch.Tensor:
+def compare(groups: Sequence[Group], settings: TrainConfig, ranks: Ranks) -> torch.Tensor:
     """Advantages [B] of this rank's trajectories; statistics of the batch, where asked for, are over all ranks."""
     names = list(DEFAULT_WEIGHTS)
     mine = reward_matrix(groups, names)
     everywhere = torch.tensor(ranks.gather(mine.tolist()), dtype=torch.float32)
     weights = torch.tensor([DEFAULT_WEIGHTS[name] for name in names])
-    result = group_advantage(everywhere, len(groups[0].trajectories), weights=weights, scale=scale)
+    size, scale, order = len(groups[0].trajectories), settings.scale_rewards, settings.reward_order
+    result = group_advantage(everywhere, size, weights=weights, scale=scale, order=order)
     before = sum(ranks.gather([len(mine)])[: ranks.rank])
     return result.advantages[before : before + len(mine)]
 

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported: nothing above does
+
+from arft_fast.kernels import head_impl
 from arft_fast.policy.model import Policy, load_policy
 from arft_fast.policy.tiny import build_tiny
 from arft_fast.rollout.teacher import teacher_texts
@@ -35,6 +39,25 @@ class Mini:
 
     def mixture(self) -> Mixture:
         return Mixture([MiniCoding(PythonImageCode(Sandbox(workers=1))), MiniSearch(self.index)])
+
+
+def _or_skip(name: str) -> str:
+    try:
+        return head_impl(torch.zeros(1), name)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["reference", "native"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation of the vocabulary head that runs fast on a CPU."""
+    return _or_skip(request.param)
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def every_impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation; without a GPU Triton runs in its interpreter, at ten milliseconds a row."""
+    return _or_skip(request.param)
 
 
 @pytest.fixture(scope="session")

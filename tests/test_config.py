@@ -31,7 +31,8 @@ rollout.max_tokens rollout.slots
 cold_start.steps cold_start.batch_size cold_start.learning_rate cold_start.warmup_steps cold_start.slip_steps
 cold_start.slip_rate cold_start.slip_learning_rate cold_start.traces cold_start.cache
 train.steps train.prompts_per_step train.learning_rate train.betas train.weight_decay train.max_grad_norm train.kl_beta
-train.epsilon train.scale_rewards train.reduction train.micro_batch_tokens train.seed train.threads
+train.loss train.epsilon train.epsilon_high train.entropy_coef train.sampler_correction train.sampler_clip
+train.scale_rewards train.reward_order train.drop_no_signal train.micro_batch_tokens train.seed train.threads
 eval.prompts_per_task eval.samples eval.every
 run.dir run.overwrite
 """.split()

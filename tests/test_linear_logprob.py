@@ -1,13 +1,21 @@
 """Log-probs and entropy from hidden states, against the full log-softmax."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from arft_fast import kernels
 from arft_fast.kernels import linear_logprob
 
 SHAPES = [(1, 1, 2), (5, 63, 257), (257, 8, 63), (63, 16, 1000)]
+
+
+@pytest.fixture(autouse=True)
+def with_each_implementation(impl, monkeypatch):
+    """Each test below runs once with every ``impl``."""
+    monkeypatch.setitem(globals(), "linear_logprob", partial(kernels.linear_logprob, impl=impl))
 
 
 def problem(rows, width, vocabulary, dtype=torch.float64):
@@ -71,7 +79,7 @@ def test_chunks_change_nothing(shape, chunk_rows):
     torch.testing.assert_close(gradients(parts, (hidden, weight)), gradients(whole, (hidden, weight)))
 
 
-def kept_for_backward(chunk_bytes):
+def kept_for_backward(**budgets):
     """Elements of the largest tensor, weight aside, that the forward pass of 64 rows and 500 ids keeps."""
     hidden, weight, ids = problem(64, 4, 500, torch.float32)
     kept = []
@@ -81,16 +89,29 @@ def kept_for_backward(chunk_bytes):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        linear_logprob(hidden, weight, ids, chunk_bytes=chunk_bytes)
+        linear_logprob(hidden, weight, ids, **budgets)
     return max(kept, default=0)
 
 
-def test_several_chunks_keep_no_logits_for_the_backward_pass():
-    assert kept_for_backward(chunk_bytes=8 * 500 * 4) < 500
+def test_no_logits_are_kept_for_the_backward_pass_beyond_the_stash(impl):
+    assert kept_for_backward(chunk_bytes=8 * 500 * 4, stash_bytes=0) < 500
+    if impl != "reference":  # which keeps all or nothing
+        assert kept_for_backward(chunk_bytes=8 * 500 * 4, stash_bytes=20 * 500 * 4) == 20 * 500
 
 
-def test_one_chunk_keeps_its_logits_and_is_not_computed_twice():
+def test_what_fits_in_one_chunk_is_kept_and_not_computed_twice():
     assert kept_for_backward(chunk_bytes=64 * 500 * 4) == 64 * 500
+
+
+@pytest.mark.parametrize("stash_rows", [0, 3, 4, 9])
+def test_the_stash_changes_nothing(stash_rows):
+    hidden, weight, ids = problem(9, 5, 11)
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    whole = linear_logprob(hidden, weight, ids, bias=bias)
+    parts = linear_logprob(hidden, weight, ids, bias=bias, chunk_bytes=2 * 11 * 8, stash_bytes=stash_rows * 11 * 8)
+    torch.testing.assert_close(parts, whole)
+    operands = (hidden, weight, bias)
+    torch.testing.assert_close(gradients(parts, operands), gradients(whole, operands))
 
 
 @pytest.mark.parametrize("chunk_rows", [2, 100])
@@ -188,7 +209,7 @@ BAD = [
     ((H, W, IDS), {"temperature": math.nan}, ValueError, "temperature: must be finite and > 0"),
     ((H, W, IDS), {"chunk_bytes": 0}, ValueError, "chunk_bytes: must be > 0"),
     ((H, W, IDS), {"chunk_bytes": 1e6}, TypeError, "chunk_bytes: expected an int"),
-    ((H, W, IDS), {"impl": "fused"}, ValueError, "impl: must be one of 'auto', 'reference'"),
+    ((H, W, IDS), {"impl": "fused"}, ValueError, "impl: must be one of 'auto', 'triton', 'native'"),
 ]
 
 

@@ -12,6 +12,7 @@ import torch
 
 import arft_fast
 from arft_fast.kernels import native
+from arft_fast.kernels.group_advantage_reference import Normalization
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,20 +71,31 @@ def test_a_missing_library_is_named_with_the_remedy(monkeypatch):
 
 @pytest.fixture
 def call():
-    """``arft_group_advantage_f32`` on two rows in one group, any argument replaceable."""
+    """``arft_group_advantage_f32`` on two rows in one group, any argument or setting replaceable."""
     if not native.available():
         pytest.skip("not built")
     native._library.cache_clear()
     inputs = torch.tensor([0.0, 1.0]), torch.tensor([0, 2])  # named: the call sees addresses only
     outs = [torch.full((2,), 7.0), torch.full((1,), 7.0), torch.full((1,), 7.0), torch.zeros(1, dtype=torch.bool)]
-    names = ("rewards", "weights", "offsets", "rows", "components", "groups", "scale", "epsilon")
-    values = (inputs[0].data_ptr(), None, inputs[1].data_ptr(), 2, 1, 1, 1, 1e-4)
-    out_names = ("advantages", "mean", "std", "no_signal")
+    scratch = torch.empty(2, dtype=torch.float64)
+    settings = {"center": 1, "scale": 1, "order": 0, "whiten": 0, "std_floor": 0.0, "epsilon": 1e-4}
+    arguments = {
+        "rewards": inputs[0].data_ptr(),
+        "weights": None,
+        "gate_by": None,
+        "gate_threshold": None,
+        "offsets": inputs[1].data_ptr(),
+        "rows": 2,
+        "components": 1,
+        "groups": 1,
+        "rule": None,
+        "scratch": scratch.data_ptr(),
+        **{name: out.data_ptr() for name, out in zip(("advantages", "mean", "std", "no_signal"), outs, strict=True)},
+    }
 
     def run(**change):
-        arguments = dict(zip(names, values, strict=True))
-        arguments |= dict(zip(out_names, (out.data_ptr() for out in outs), strict=True)) | change
-        return native._library().arft_group_advantage_f32(*arguments.values()), outs
+        rule = native._Normalization(**settings | {name: change.pop(name) for name in list(change) if name in settings})
+        return native._library().arft_group_advantage_f32(*(arguments | {"rule": rule} | change).values()), outs
 
     yield run
     assert inputs[0].tolist() == [0.0, 1.0] and inputs[1].tolist() == [0, 2]  # never written to
@@ -94,6 +106,8 @@ def call():
     [
         ({"rewards": None}, 1),
         ({"offsets": None}, 1),
+        ({"rule": None}, 1),
+        ({"scratch": None}, 1),
         ({"advantages": None}, 1),
         ({"mean": None}, 1),
         ({"std": None}, 1),
@@ -103,8 +117,15 @@ def call():
         ({"groups": -1}, 2),
         ({"rows": 3}, 3),
         ({"groups": 0}, 3),
+        ({"center": 3}, 4),
+        ({"center": -1}, 4),
         ({"scale": 3}, 4),
         ({"scale": -1}, 4),
+        ({"order": 2}, 4),
+        ({"order": -1}, 4),
+        ({"std_floor": -0.5}, 4),
+        ({"std_floor": float("nan")}, 4),
+        ({"std_floor": float("inf")}, 4),
         ({"epsilon": 0.0}, 5),
         ({"epsilon": float("nan")}, 5),
         ({"epsilon": float("inf")}, 5),
@@ -124,6 +145,19 @@ def test_offsets_that_decrease_are_refused(call):
     assert call(offsets=offsets.data_ptr(), **change)[0] == 3
 
 
+@pytest.mark.parametrize(("by", "status"), [(-2, 12), (-1, 0), (0, 0), (1, 12)])
+def test_a_gate_must_be_a_component(call, by, status):
+    gate, threshold = torch.tensor([by]), torch.tensor([0.5])
+    code, outs = call(gate_by=gate.data_ptr(), gate_threshold=threshold.data_ptr())
+    assert code == status and code in {0, *native._ERRORS}
+    assert (outs[0] == 7.0).all() == (status != 0)
+
+
+def test_a_gate_without_thresholds_is_refused(call):
+    gate = torch.tensor([0])
+    assert call(gate_by=gate.data_ptr())[0] == 1
+
+
 def test_good_arguments_return_zero(call):
     code, outs = call()
     assert code == 0 and outs[0][0] == -outs[0][1] and outs[1].item() == 0.5
@@ -131,7 +165,7 @@ def test_good_arguments_return_zero(call):
 
 def test_a_refusal_becomes_an_error_that_says_what_was_wrong(call):
     with pytest.raises(RuntimeError, match="offsets do not rise"):
-        native.group_advantage(torch.zeros(2, 1), torch.tensor([0, 3]), None, "group", 1e-4)
+        native.group_advantage(torch.zeros(2, 1), torch.tensor([0, 3]), None, Normalization())
 
 
 @pytest.mark.parametrize("name", ["group_advantage", "linear_logprob", "policy_loss"])

@@ -1,15 +1,23 @@
 """The policy loss, against GRPO's objective written token by token."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
+from arft_fast import kernels
 from arft_fast.kernels import policy_loss
 
 LENGTHS = [3, 0, 1, 4]
 HIGH = 0.3
+
+
+@pytest.fixture(autouse=True)
+def with_each_implementation(impl, monkeypatch):
+    """Each test below runs once with every ``impl``."""
+    monkeypatch.setitem(globals(), "policy_loss", partial(kernels.policy_loss, impl=impl))
 
 
 def problem(lengths=LENGTHS, width=5, vocabulary=11, dtype=torch.float64):
@@ -49,7 +57,7 @@ def loss_by_hand(problem, *, old, ref, beta, reduction, denominator=None, low=0.
         tokens += terms
         if terms:
             sequences.append(sum(terms) / len(terms))
-    if reduction == "grpo":
+    if reduction == "sequence_mean":
         return sum(sequences) / (denominator or len(advantages))
     return sum(tokens) / (denominator or len(tokens))
 
@@ -62,7 +70,7 @@ def gradients(problem, loss):
     return torch.autograd.grad(loss, problem["operands"][:2], retain_graph=True)
 
 
-@pytest.mark.parametrize("reduction", ["grpo", "dapo"])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("off_policy", [False, True])
 @pytest.mark.parametrize("denominator", [None, 13])
@@ -79,7 +87,7 @@ def test_equals_the_objective_token_by_token(reduction, beta, off_policy, denomi
 def test_forgetting_the_kl_would_be_seen():
     case = problem()
     loss, _ = call(case, ref_logprobs=case["ref"], beta=0.04)
-    assert abs(loss - loss_by_hand(case, old=None, ref=None, beta=0.0, reduction="grpo")) > 1e-4
+    assert abs(loss - loss_by_hand(case, old=None, ref=None, beta=0.0, reduction="sequence_mean")) > 1e-4
 
 
 def test_the_upper_clip_is_its_own():
@@ -89,7 +97,7 @@ def test_the_upper_clip_is_its_own():
     assert torch.equal(narrow, call(case, old_logprobs=case["old"])[0])
 
 
-@pytest.mark.parametrize("reduction", ["grpo", "dapo"])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 def test_gradcheck(reduction):
     case = problem()
     hidden, weight, *rest = case["operands"]
@@ -116,12 +124,12 @@ def test_chunks_change_nothing(lengths, chunk_rows):
     torch.testing.assert_close(gradients(case, parts), gradients(case, whole))
 
 
-@pytest.mark.parametrize("reduction", ["grpo", "dapo"])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 def test_parts_with_the_global_denominator_add_up_to_the_whole(reduction):
     case = problem([4, 4, 3])
     hidden, weight, ids, advantages = case["operands"]
     whole, _ = call(case, reduction=reduction)
-    total = 3 if reduction == "grpo" else 11
+    total = 3 if reduction == "sequence_mean" else 11
     first, _ = policy_loss(
         hidden[:4], weight, ids[:4], advantages[:1],
         cu_seqlens=torch.tensor([0, 4]), reduction=reduction, denominator=total,
@@ -135,13 +143,13 @@ def test_parts_with_the_global_denominator_add_up_to_the_whole(reduction):
 
 def test_the_two_reductions_differ_on_uneven_lengths():
     case = problem()
-    assert abs(call(case, reduction="grpo")[0] - call(case, reduction="dapo")[0]) > 1e-3
+    assert abs(call(case, reduction="sequence_mean")[0] - call(case, reduction="token_mean")[0]) > 1e-3
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce():
     case = problem([2, 3])
     hidden, weight, ids, advantages = case["operands"]
-    loss, stats = call(case, reduction="dapo", denominator=1)
+    loss, stats = call(case, reduction="token_mean", denominator=1)
     logprobs = (hidden @ weight.T).log_softmax(1).gather(1, ids[:, None])[:, 0]
     reinforce = -(logprobs * advantages.repeat_interleave(torch.tensor([2, 3]))).sum()
     torch.testing.assert_close(gradients(case, loss), gradients(case, reinforce))
@@ -177,6 +185,7 @@ def test_statistics_are_means_over_tokens():
         "ratio_max": ratio.max(),
         "sampler_gap": (logprobs - sampler).abs().mean(),
         "tokens": torch.tensor(58.0, dtype=torch.float64),
+        "gradient_rows": stats["gradient_rows"],
     }
     torch.testing.assert_close(stats, expected, check_dtype=False)
     assert expected["clip_ratio/low_mean"] > 0 and expected["clip_ratio/high_mean"] > 0
@@ -219,7 +228,7 @@ def test_a_forbidden_id_takes_no_part():
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
-@pytest.mark.parametrize("reduction", ["grpo", "dapo"])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 def test_no_rows_give_a_zero_loss_connected_to_the_graph(lengths, reduction):
     case = problem(lengths)
     hidden, weight, *_ = case["operands"]
@@ -257,9 +266,29 @@ BAD = [
     ({"epsilon_high": math.inf}, ValueError, "epsilon_high: must be finite and > 0"),
     ({"temperature": -1.0}, ValueError, "temperature: must be finite and > 0"),
     ({"denominator": 0}, ValueError, "denominator: must be finite and > 0"),
-    ({"reduction": "mean"}, ValueError, "reduction: must be one of 'grpo', 'dapo'"),
+    ({"denominator": torch.ones(2)}, ValueError, r"denominator: expected shape \[\]"),
+    ({"loss": "ppo"}, ValueError, "loss: must be one of 'grpo', 'bnpo'"),
+    ({"loss": "dr_grpo"}, ValueError, "denominator: has no default here"),
+    ({"loss": "gmpo", "level": "token"}, ValueError, "level: the geometric mean"),
+    ({"level": "word"}, ValueError, "level: must be one of 'token', 'sequence'"),
+    ({"reduction": "mean"}, ValueError, "reduction: must be one of 'sequence_mean'"),
+    ({"cu_seqlens": None, "advantages": torch.zeros(3)}, ValueError, "cu_seqlens: needed for what is per sequence"),
+    ({"kl": "k4"}, ValueError, "kl: must be one of 'k1', 'k2', 'k3'"),
+    ({"delta": 0.0}, ValueError, "delta: must be finite and > 0"),
+    ({"dual_clip": 1.0}, ValueError, "dual_clip: must be > 1"),
+    ({"sapo_temperatures": 1.0}, TypeError, "sapo_temperatures: expected two numbers"),
+    ({"entropy_coef": -1.0}, ValueError, "entropy_coef: must be finite and >= 0"),
+    ({"top_entropy_quantile": 1.5}, ValueError, "top_entropy_quantile: is a share"),
+    ({"sampler_correction": "token_mask"}, ValueError, "sampler_logprobs: needed for sampler_correction='token_mask'"),
+    ({"sampler_clip": (2.0, 1.0)}, ValueError, "sampler_clip: must be"),
+    ({"sampler_weights": torch.tensor([1.0, -1.0, 1.0])}, ValueError, "sampler_weights: row 1 is negative"),
+    ({"mask": torch.ones(3)}, TypeError, "mask: expected a boolean dtype"),
+    ({"mask": torch.ones(2, dtype=torch.bool)}, ValueError, r"mask: expected shape \[N\] with N=3"),
+    ({"softcap": -1.0}, ValueError, "softcap: must be finite and > 0"),
+    ({"logit_scale": 0.0}, ValueError, "logit_scale: must be finite and > 0"),
     ({"chunk_bytes": -1}, ValueError, "chunk_bytes: must be > 0"),
-    ({"impl": "native"}, ValueError, "impl: must be one of"),
+    ({"stash_bytes": -1}, ValueError, "stash_bytes: must be >= 0"),
+    ({"impl": "fused"}, ValueError, "impl: must be one of"),
 ]
 
 

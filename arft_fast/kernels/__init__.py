@@ -5,6 +5,7 @@ and its benchmark. ``impl="reference"`` is always there and is what correct mean
 """
 
 from . import native, reference
+from .dispatch import head_impl
 from .group_advantage import GroupAdvantage, group_advantage, group_advantage_impl
 from .linear_logprob import linear_logprob
 from .policy_loss import policy_loss
@@ -13,6 +14,7 @@ __all__ = [
     "GroupAdvantage",
     "group_advantage",
     "group_advantage_impl",
+    "head_impl",
     "linear_logprob",
     "native",
     "policy_loss",

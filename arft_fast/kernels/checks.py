@@ -14,8 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["floating", "integer"]
+from .rows import Transform
+
+Kind = Literal["floating", "integer", "boolean"]
 _INTEGERS = (torch.int64, torch.int32)
+_CASTS = {"floating": ".float()", "integer": ".long()", "boolean": ".bool()"}
 
 
 class Arguments:
@@ -35,9 +38,9 @@ class Arguments:
         letters = dims.split()
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor [{', '.join(letters)}], got {type(value).__name__}")
-        if not (value.dtype.is_floating_point if kind == "floating" else value.dtype in _INTEGERS):
-            remedy = "cast it with .float()" if kind == "floating" else "cast it with .long()"
-            raise TypeError(f"{name}: expected a {kind} dtype, got {value.dtype}; {remedy}")
+        if not _is(value.dtype, kind):
+            raise TypeError(f"{name}: expected a {kind} dtype, got {value.dtype}; cast it with {_CASTS[kind]}")
+        whole(name, value)
         if value.dim() != len(letters):
             raise ValueError(f"{name}: expected shape [{', '.join(letters)}], got {list(value.shape)}; reshape it")
         for letter, size in zip(letters, value.shape, strict=True):
@@ -52,6 +55,10 @@ class Arguments:
             raise ValueError(
                 f"{name}: is on {value.device} but {source} on {device}; move it with .to({source}.device)"
             )
+
+    def size(self, letter: str) -> int:
+        """The size that earlier tensors gave to a dimension."""
+        return self._sizes[letter][0]
 
     def offsets(self, name: str, value: Tensor, count: str, letter: str) -> None:
         """Check offsets [count + 1] that rise from 0 to the size of ``letter`` (their values on a CPU only)."""
@@ -71,16 +78,49 @@ class Arguments:
             raise ValueError(f"{name}: must not decrease; pass the cumulative sum of the lengths with a leading 0")
 
 
+def _is(dtype: torch.dtype, kind: Kind) -> bool:
+    if kind == "floating":
+        return dtype.is_floating_point
+    return dtype == torch.bool if kind == "boolean" else dtype in _INTEGERS
+
+
+def whole(name: str, value: Tensor) -> None:
+    """Refuse a tensor of which this rank holds a part only: products with a shard would be silently wrong."""
+    if hasattr(value, "full_tensor"):
+        raise ValueError(
+            f"{name}: is a DTensor, sharded over ranks; call this inside the forward of the module that owns it, where "
+            "FSDP has gathered it, or pass .full_tensor(grad_placements=[Partial()]), which gathers it here and sums "
+            "its gradient over the ranks in the backward pass"
+        )
+    if hasattr(value, "ds_id") and value.numel() == 0:
+        raise ValueError(
+            f"{name}: is partitioned by DeepSpeed ZeRO-3 and empty on this rank; gather it around forward and backward "
+            "with deepspeed.zero.GatheredParameters"
+        )
+
+
 def on_host(value: Tensor) -> bool:
-    """Whether reading ``value`` waits for no accelerator."""
-    return value.device.type == "cpu"
+    """Whether reading ``value`` waits for no accelerator; a tracer's tensors are subclasses and hold no values."""
+    plain = type(value) in (Tensor, torch.nn.Parameter)
+    return plain and value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def finite(name: str, value: Tensor, remedy: str) -> None:
-    """Refuse NaN and infinity (CPU tensors only)."""
-    if on_host(value) and not bool(value.isfinite().all()):
-        row = int((~value.isfinite()).nonzero()[0, 0])
-        raise ValueError(f"{name}: row {row} is not finite; {remedy}")
+def finite(name: str, value: Tensor, remedy: str, where: Tensor | None = None) -> None:
+    """Refuse NaN and infinity (CPU tensors only), looking only at rows in ``where``."""
+    if not on_host(value):
+        return
+    bad = ~value.isfinite() if where is None else ~value.isfinite() & where
+    if bool(bad.any()):
+        raise ValueError(f"{name}: row {int(bad.nonzero()[0, 0])} is not finite; {remedy}")
+
+
+def not_negative(name: str, value: Tensor, where: Tensor | None = None) -> None:
+    """Refuse values below 0 (CPU tensors only), looking only at rows in ``where``."""
+    if not on_host(value):
+        return
+    bad = value < 0 if where is None else (value < 0) & where
+    if bool(bad.any()):
+        raise ValueError(f"{name}: row {int(bad.nonzero()[0, 0])} is negative; pass weights >= 0")
 
 
 def token_range(name: str, value: Tensor, vocabulary: int) -> None:
@@ -107,6 +147,30 @@ def head(arguments: Arguments, hidden: Tensor, weight: Tensor, token_ids: Tensor
         logit_bias("bias", bias)
 
 
+def allowed(token_ids: Tensor, bias: Tensor | None) -> None:
+    """Refuse sampled ids that the bias forbids (CPU tensors only)."""
+    if bias is not None and on_host(bias) and not bool(bias[token_ids].isfinite().all()):
+        raise ValueError("token_ids: holds an id that bias forbids; sample with the same bias")
+
+
+def transform(temperature: float, softcap: float | None, logit_scale: float) -> Transform:
+    """What turns products into logits, checked."""
+    number("temperature", temperature)
+    number("logit_scale", logit_scale)
+    if softcap is not None:
+        number("softcap", softcap)
+    return Transform(float(temperature), float(softcap or 0.0), float(logit_scale))
+
+
+def budgets(chunk_bytes: int | None, stash_bytes: int | None, default: int) -> tuple[int, int]:
+    """Budgets of a chunk and of the stash, checked; the stash defaults to one chunk."""
+    chunk_bytes = default if chunk_bytes is None else chunk_bytes
+    stash_bytes = chunk_bytes if stash_bytes is None else stash_bytes
+    positive_int("chunk_bytes", chunk_bytes)
+    positive_int("stash_bytes", stash_bytes, zero=True)
+    return chunk_bytes, stash_bytes
+
+
 def logit_bias(name: str, value: Tensor) -> None:
     """Refuse NaN, +inf and a bias that forbids every id (CPU tensors only)."""
     if on_host(value) and not (bool((value < math.inf).all()) and bool((value > -math.inf).any())):
@@ -121,12 +185,18 @@ def number(name: str, value: float, *, zero: bool = False) -> None:
         raise ValueError(f"{name}: must be finite and {'>= 0' if zero else '> 0'}, got {value}")
 
 
-def positive_int(name: str, value: int) -> None:
-    """Refuse what is not an integer > 0."""
+def positive_int(name: str, value: int, *, zero: bool = False) -> None:
+    """Refuse what is not an integer > 0 (``zero``: >= 0)."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value <= 0:
-        raise ValueError(f"{name}: must be > 0, got {value}")
+    if value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name}: must be {'>= 0' if zero else '> 0'}, got {value}")
+
+
+def pair(name: str, value: tuple[float, float]) -> None:
+    """Refuse what is not two numbers."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name}: expected two numbers, got {value!r}")
 
 
 def choice(name: str, value: str, allowed: Collection[str]) -> None:

@@ -1,15 +1,29 @@
-"""The policy-gradient loss of GRPO and DAPO. Dimension letters: N rows, D hidden, V vocabulary, B sequences."""
+"""The policy-gradient losses of the GRPO family. Dimension letters: N rows, D hidden, V vocabulary, B sequences."""
 
 from __future__ import annotations
 
-from typing import Literal
-
+import torch
 from torch import Tensor
 
 from . import checks, reference
-from .reference import Reduction
-
-Impl = Literal["auto", "reference"]
+from .arguments import Correction, resolve_objective, resolve_rows
+from .dispatch import Chosen, Impl, head_impl
+from .head import default_chunk_bytes
+from .linear_logprob import fused_logprob
+from .objective import (
+    Level,
+    Loss,
+    Objective,
+    Reduction,
+    Rows,
+    known_without_gradient,
+    policy_terms,
+    row_problem,
+    statistics,
+    weighted_sum,
+)
+from .policy_op import fused_policy_loss
+from .rows import Kl, Transform
 
 
 def policy_loss(
@@ -18,105 +32,156 @@ def policy_loss(
     token_ids: Tensor,
     advantages: Tensor,
     *,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
+    sampler_weights: Tensor | None = None,
+    mask: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    loss: Loss = "grpo",
+    level: Level | None = None,
+    reduction: Reduction | None = None,
+    denominator: float | Tensor | None = None,
     epsilon_low: float = 0.2,
     epsilon_high: float | None = None,
+    delta: float | None = None,
+    dual_clip: float | None = None,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
     beta: float = 0.0,
-    reduction: Reduction = "grpo",
-    denominator: float | None = None,
-    chunk_bytes: int = reference.CHUNK_BYTES,
+    kl: Kl = "k3",
+    kl_correction: bool = False,
+    entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0,
+    sampler_correction: Correction = "none",
+    sampler_clip: tuple[float, float] = (0.0, 3.0),
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    measure_all: bool = False,
+    chunk_bytes: int | None = None,
+    stash_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``loss_t = -min(r_t A, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A) + beta (exp(d_t) - d_t - 1)``, reduced.
+    """The loss of GRPO and its family straight from hidden states, with its gradient taken in the forward pass.
 
-    With ``logp`` of ``linear_logprob``, ``r_t = exp(logp_t - old_t)`` and ``d_t = ref_t - logp_t``: GRPO's objective
-    (arXiv 2402.03300, equation 3) with its unbiased k3 estimate of the KL (equation 4). ``reduction``:
+    With ``logp`` of ``linear_logprob``, ``r = exp(logp - old)`` (at the sequence level: of the mean over the sequence)
+    and A the advantage, a token contributes
 
-    * ``"grpo"``: ``sum_b mean_{t in b} loss_t / denominator``;
-    * ``"dapo"``: ``sum_t loss_t / denominator``, every token alike (arXiv 2503.14476, equation 12).
+    * ``grpo`` (arXiv 2402.03300), ``bnpo``, ``dr_grpo`` (2503.20783), ``dapo`` (2503.14476), ``gspo`` (2507.18071):
+      ``-min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)``, at least ``dual_clip A`` where A < 0;
+    * ``cispo`` (2506.13585): ``-clip(r, ...) A logp``, the clipped ratio a constant (its authors clip above only: pass
+      ``epsilon_low`` >= 1);
+    * ``sapo`` (2511.20347): ``-(4 / tau) sigmoid(tau (r - 1)) A``, tau by the sign of A;
+    * ``gmpo`` (2507.20673): ``-A exp(mean over the sequence of the clipped log r)``, the clip range in log space;
 
-    The logits are never materialised, see ``linear_logprob``. Log-ratios ``logp - old`` and ``ref - logp`` are clamped
-    to +-20 before ``exp``, so that nothing overflows; a token beyond that gets no gradient from the clamped term.
+    times its importance weight, ``+ beta KL(policy || ref) - entropy_coef entropy``. Reductions: ``sequence_mean`` sums
+    the means of the sequences, ``sequence_sum`` and ``token_mean`` sum all tokens; all divide by ``denominator``.
+
+    The logits are never materialised. One row kernel turns a chunk of products into gradients in place, and rows
+    without a gradient (masked, advantage 0 without KL or entropy term, clipped) are left out of the two gradient
+    products: with a share f of live rows the cost is 1 + 2 f products of 2 N V D operations, 3 f where the dead rows
+    are known beforehand; 2 with a frozen head, 1 without gradients. Where the tokens of a sequence depend on each other
+    (``gspo`` and ``gmpo`` with ``old_logprobs``, ``top_entropy_quantile``, a sequence-level sampler correction without
+    ``old_logprobs``) the gradient waits for all log-probs: see ``linear_logprob`` for its cost. Statistics and sums are
+    float32 as there. The result is deterministic.
 
     Args:
         hidden: [N, D] floating, rows of all sequences one after the other, only those whose token the policy sampled.
-        weight: [V, D] floating.
+        weight: [V, D] floating, as ``lm_head.weight``; whole, not sharded.
         token_ids: [N] int64 or int32.
-        advantages: [B] floating, one a sequence.
-        cu_seqlens: [B + 1] int64 or int32: sequence b holds the rows ``cu_seqlens[b] .. cu_seqlens[b + 1] - 1``. It may
-            hold none; it then adds nothing but counts in the default denominator.
-        old_logprobs: [N] of the policy that sampled; None: on-policy, ``r_t`` is 1 with the gradient of ``logp_t``.
+        advantages: [B] floating, one a sequence, or [N], one a token (read as [B] where B = N).
+        cu_seqlens: [B + 1] int64 or int32: sequence b holds the rows ``cu_seqlens[b] .. cu_seqlens[b + 1] - 1``, maybe
+            none; it counts in the default denominator all the same. None: advantages are [N], and the loss one of
+            single tokens with ``reduction="token_mean"``.
+        old_logprobs: [N] of the policy that sampled; None: on-policy, r is 1 with the gradient of ``logp``.
         ref_logprobs: [N] of the reference policy; needed when ``beta`` > 0.
-        sampler_logprobs: [N] as the engine reported them; measured only (``sampler_gap``), never in the loss.
-        bias, temperature, chunk_bytes: as in ``linear_logprob``.
+        sampler_logprobs: [N] as the engine reported them; for ``sampler_gap``, and for ``sampler_correction``.
+        sampler_weights: [N] importance weights >= 0 of your own, constants.
+        mask: [N] bool; False takes the token out of loss, lengths, default denominator and statistics.
+        bias, temperature, softcap, logit_scale, chunk_bytes, stash_bytes: as in ``linear_logprob``.
+        loss: a name above; it also sets ``level`` and ``reduction`` unless they are given.
+        level: of the ratio, ``"token"`` or ``"sequence"``.
+        denominator: > 0. None: B for the sequence reductions, the unmasked tokens for ``token_mean``. Under data
+            parallelism or gradient accumulation pass the global number: the parts' losses then sum to the whole's.
+            ``dr_grpo`` has no default: pass B x the longest completion allowed.
         epsilon_low, epsilon_high: the clip range; ``epsilon_high`` None: the same as ``epsilon_low``.
-        beta: weight of the KL.
-        denominator: None: B (``"grpo"``) or N (``"dapo"``). Under data parallelism or gradient accumulation pass the
-            global number of sequences or tokens: the sum of the parts' losses is then the whole's.
-        impl: ``"reference"`` is the one implementation of this version, ``"auto"`` chooses it.
+        delta: cap of the unclipped ratio (two-sided clipping, arXiv 2505.07291); None: no cap.
+        dual_clip: > 1, the bound for negative advantages (arXiv 1912.09729); None: none.
+        sapo_temperatures: tau for A > 0 and for A <= 0.
+        beta: weight of the KL, estimated by ``kl`` (k1, k2, k3); ``kl_correction`` multiplies the estimate by the ratio
+            (arXiv 2512.02556), which makes its gradient unbiased.
+        entropy_coef: weight of the entropy bonus, reduced like the loss.
+        top_entropy_quantile: share of tokens, those of highest entropy in this call, that the surrogate and the
+            entropy bonus act on (arXiv 2506.01939); 1: all.
+        sampler_correction: ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"`` or ``"sequence_mask"``:
+            weigh the surrogate by ``exp(old - sampler)`` (current log-probs without ``old``), of the token or summed
+            over the sequence, bounded to ``sampler_clip`` or zeroed outside it.
+        measure_all: score rows without a gradient too (one product each), so that statistics cover every unmasked row.
+        impl: ``"triton"``, ``"native"``, ``"reference"`` (plain PyTorch, autograd) or ``"auto"``; see ``head_impl``.
 
     Returns:
-        The loss, 0-dim, zero but connected to the graph when N is 0; and detached 0-dim means over the N tokens:
-        ``entropy``, ``kl`` (0 without ``ref_logprobs``), ``clip_ratio/low_mean``, ``clip_ratio/high_mean`` (share of
-        tokens whose gradient the clip removes), ``sampler_gap`` (``|logp - sampler|``, 0 without), with ``ratio_max``
-        and ``tokens`` (N, the weight of these means).
+        The loss, 0-dim, zero but connected to the graph when N is 0; and detached 0-dim means over the ``tokens`` rows
+        that were computed: ``entropy``, ``kl`` (0 without ``ref_logprobs``), ``clip_ratio/low_mean``,
+        ``clip_ratio/high_mean`` (share of tokens outside the range on the side that the clip stops), ``sampler_gap``
+        (``|logp - sampler|``, 0 without), with ``ratio_max``, ``tokens`` and ``gradient_rows``.
 
     Raises:
         TypeError: a dtype or type is wrong.
-        ValueError: a shape, device or value is wrong, or ``beta`` > 0 without ``ref_logprobs``. Values of tensors are
-            read on a CPU only; elsewhere a NaN, or a token that ``bias`` forbids, ends in a NaN loss.
+        ValueError: a shape, device or value is wrong, or an argument that another one needs is missing. Values of
+            tensors are read on a CPU only and not under ``torch.compile``; elsewhere a NaN ends in a NaN loss.
+        RuntimeError: ``impl`` is not available here.
     """
     arguments = checks.Arguments()
     checks.head(arguments, hidden, weight, token_ids, bias)
-    arguments.offsets("cu_seqlens", cu_seqlens, "B", "N")
-    arguments.tensor("advantages", advantages, "B", "floating")
-    checks.finite("advantages", advantages, "masked trajectories have advantage 0 (see group_advantage)")
-    for name, logprobs in (
-        ("old_logprobs", old_logprobs),
-        ("ref_logprobs", ref_logprobs),
-        ("sampler_logprobs", sampler_logprobs),
-    ):
-        if logprobs is not None:
-            arguments.tensor(name, logprobs, "N", "floating")
-            checks.finite(name, logprobs, "score it with the bias and temperature of the sampler")
-    if bias is not None and checks.on_host(bias) and not bool(bias[token_ids].isfinite().all()):
-        raise ValueError("token_ids: holds an id that bias forbids; sample with the same bias")
-    checks.number("temperature", temperature)
-    checks.number("epsilon_low", epsilon_low)
-    epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
-    checks.number("epsilon_high", epsilon_high)
-    checks.number("beta", beta, zero=True)
-    if beta > 0 and ref_logprobs is None:
-        raise ValueError(
-            "ref_logprobs: needed when beta > 0; score the tokens with the reference policy (linear_logprob under "
-            "torch.no_grad()), or pass beta=0"
+    transform = checks.transform(temperature, softcap, logit_scale)
+    chunk_bytes, stash_bytes = checks.budgets(chunk_bytes, stash_bytes, default_chunk_bytes(hidden))
+    chosen = head_impl(hidden, impl)
+    objective, reduction = resolve_objective(
+        loss=loss, level=level, reduction=reduction, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta,
+        dual_clip=dual_clip, sapo_temperatures=sapo_temperatures, beta=beta, kl=kl, kl_correction=kl_correction,
+        entropy_coef=entropy_coef, top_entropy_quantile=top_entropy_quantile, sampler_correction=sampler_correction,
+        sampler_clip=sampler_clip, has_ref=ref_logprobs is not None, has_sampler=sampler_logprobs is not None,
+        has_sequences=cu_seqlens is not None, has_denominator=denominator is not None,
+    )  # fmt: skip
+    rows = resolve_rows(
+        arguments, reference.compute_dtype(hidden, weight), reduction, denominator, advantages, cu_seqlens=cu_seqlens,
+        mask=mask, old=old_logprobs, ref=ref_logprobs, sampler=sampler_logprobs, weight=sampler_weights,
+    )  # fmt: skip
+    checks.allowed(token_ids, bias)
+    operands = (hidden, weight, token_ids, bias, transform)
+    skipped = known_without_gradient(rows, objective)
+    if chosen == "reference":
+        total, logprobs, entropy = reference.policy_loss(*operands, rows, objective, chunk_bytes)
+        computed, coefficient = rows.scale != 0, (~skipped).to(logprobs.dtype)
+    elif row_problem(rows, objective) is not None:
+        total, logprobs, entropy, coefficient, computed = fused_policy_loss(
+            *operands, rows, objective, measure_all, chunk_bytes, chosen
         )
-    checks.choice("reduction", reduction, ("grpo", "dapo"))
-    if denominator is None:
-        denominator = max(1, advantages.shape[0] if reduction == "grpo" else hidden.shape[0])
-    checks.number("denominator", denominator)
-    checks.positive_int("chunk_bytes", chunk_bytes)
-    checks.choice("impl", impl, ("auto", "reference"))
-    return reference.policy_loss(
-        hidden,
-        weight,
-        token_ids,
-        advantages,
-        cu_seqlens,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        sampler_logprobs=sampler_logprobs,
-        bias=bias,
-        temperature=float(temperature),
-        epsilon_low=float(epsilon_low),
-        epsilon_high=float(epsilon_high),
-        beta=float(beta),
-        reduction=reduction,
-        denominator=float(denominator),
-        chunk_bytes=chunk_bytes,
-    )
+    else:
+        computed = rows.scale != 0 if measure_all else ~skipped
+        total, logprobs, entropy = _coupled(operands, rows, objective, computed, (chunk_bytes, stash_bytes, chosen))
+        coefficient = (~skipped).to(logprobs.dtype)
+    return total, statistics(logprobs.detach(), entropy.detach(), coefficient, computed, rows, objective)
+
+
+def _coupled(
+    operands: tuple[Tensor, Tensor, Tensor, Tensor | None, Transform],
+    rows: Rows,
+    objective: Objective,
+    computed: Tensor,
+    settings: tuple[int, int, Chosen],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs first, then the objective on vectors: autograd carries its coefficients into the second pass.
+
+    Returns:
+        loss 0-dim, logprobs [N], entropy [N]; the latter are 0 in rows that are not ``computed``.
+    """
+    hidden, weight, token_ids, bias, transform = operands
+    if torch.compiler.is_compiling():  # how many rows there are must not depend on their values
+        logprobs, entropy = fused_logprob(hidden, weight, token_ids, bias, transform, *settings)
+    else:
+        index = computed.nonzero()[:, 0]
+        some = fused_logprob(hidden[index], weight, token_ids[index], bias, transform, *settings)
+        logprobs, entropy = (torch.zeros_like(rows.scale).index_copy(0, index, values) for values in some)
+    return weighted_sum(policy_terms(logprobs, entropy, rows, objective).loss, rows), logprobs, entropy

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from arft_fast.kernels import linear_logprob, policy_loss
+from arft_fast.kernels.arguments import Correction
+from arft_fast.kernels.objective import FAMILY, Loss
 from arft_fast.policy.forward import Batch, collate, hidden_rows
 from arft_fast.policy.model import Policy
 from arft_fast.policy.parallel import Ranks
@@ -115,12 +116,27 @@ def micro_batches(trajectories: Sequence[Trajectory], budget: int) -> Iterator[l
 class GrpoLoss:
     """Settings of the loss; see ``arft_fast.policy_loss``."""
 
+    loss: Loss = "grpo"
     beta: float = 0.0
     """Weight of the k3 KL to the reference."""
     epsilon: float = 0.2
-    reduction: Literal["grpo", "dapo"] = "grpo"
+    epsilon_high: float | None = None
+    entropy_coef: float = 0.0
+    sampler_correction: Correction = "none"
+    sampler_clip: tuple[float, float] = (0.0, 3.0)
     temperature: float = 1.0
+    longest_completion: int = 1
+    """Tokens; the denominator of ``dr_grpo`` has it as a factor."""
     micro_batch_tokens: int = 8192
+    drop_no_signal: bool = True
+    """Leave trajectories that cannot have a gradient out of the forward pass."""
+
+    def denominator(self, sequences: float, tokens: float) -> float:
+        """What the loss of a batch with so many trajectories and sampled tokens, over all ranks, is divided by."""
+        reduction = FAMILY[self.loss].reduction
+        if reduction == "token_mean":
+            return tokens
+        return sequences * self.longest_completion if reduction == "sequence_sum" else sequences
 
 
 def grpo_update(
@@ -140,13 +156,15 @@ def grpo_update(
         advantages: [B] float.
 
     Returns:
-        The step's report and the loss statistics, means over all ranks' sampled tokens: ``entropy``, ``sampler_gap``
-        (mean absolute difference of the engine's and the trainer's log-probs) and, with a reference, ``kl``.
+        The step's report and the loss statistics, means over the sampled tokens of all ranks that went through the
+        forward pass: ``entropy``, ``sampler_gap`` (mean absolute difference of the engine's and the trainer's
+        log-probs) and, with a reference, ``kl``.
     """
     trains = [i for i, t in enumerate(trajectories) if not t.infra_failed and t.completion_length]
     sequences, tokens = ranks.sum(len(trains), sum(trajectories[i].completion_length for i in trains))
-    # A zero advantage without a KL term has a zero gradient: its forward pass is saved, the denominators stay.
-    live = [i for i in trains if settings.beta > 0 or float(advantages[i]) != 0.0]
+    # A zero advantage without KL or entropy term has a zero gradient: its forward is saved, the denominators stay.
+    always = not settings.drop_no_signal or settings.beta > 0 or settings.entropy_coef > 0
+    live = [i for i in trains if always or float(advantages[i]) != 0.0]
     sums = dict.fromkeys(("entropy", "kl", "sampler_gap", "tokens"), 0.0)
 
     def backward() -> float:
@@ -155,7 +173,7 @@ def grpo_update(
             chosen = [live[k] for k in picked]
             total += _backward_micro_batch(
                 policy, reference, [trajectories[i] for i in chosen], advantages[chosen], settings,
-                denominator=sequences if settings.reduction == "grpo" else tokens, sums=sums,
+                denominator=settings.denominator(sequences, tokens), sums=sums,
             )  # fmt: skip
         return total
 
@@ -191,17 +209,21 @@ def _backward_micro_batch(
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler,
         bias=policy.logit_bias,
-        temperature=settings.temperature,
-        epsilon_low=settings.epsilon,
-        beta=settings.beta,
-        reduction=settings.reduction,
+        loss=settings.loss,
         denominator=denominator,
+        epsilon_low=settings.epsilon,
+        epsilon_high=settings.epsilon_high,
+        beta=settings.beta,
+        entropy_coef=settings.entropy_coef,
+        sampler_correction=settings.sampler_correction,
+        sampler_clip=settings.sampler_clip,
+        temperature=settings.temperature,
+        measure_all=True,  # what went through the model is measured, at one product a row
     )
     loss.backward()
-    count = len(batch.targets)
-    sums["tokens"] += count
+    sums["tokens"] += float(stats["tokens"])
     for name in ("entropy", "kl", "sampler_gap"):
-        sums[name] += float(stats[name]) * count
+        sums[name] += float(stats[name] * stats["tokens"])
     return float(loss.detach())
 
 
