@@ -178,6 +178,7 @@ def test_the_rows_are_the_first_axis_of_the_grid(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take ten minutes")
 def test_more_rows_than_the_other_axes_of_a_grid_take() -> None:
     case = case_of(65_537, 8).to(torch.float32)
     assert_close(run(case), truth(case), *FLOAT32)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import memory
 from .dispatch import Chosen, row_kernels
 from .reference import CHUNK_BYTES, compute_dtype
 from .rows import RowObjective, Transform, Vectors
@@ -73,7 +74,7 @@ class Head:
         """Logits [rows, V] and their gradient over the same memory: itself, or the narrower dtype at the row starts."""
         if self._workspace is None:
             size = min(self.chunk_rows, len(self.hidden)), self.weight.shape[0]
-            self._workspace = self.hidden.new_empty(size, dtype=self.logits_dtype)
+            self._workspace = memory.empty(size, self.hidden, self.logits_dtype)
         logits = self._workspace[:rows]
         narrow = logits if self.dtype == self.logits_dtype else logits.view(self.dtype)[:, : logits.shape[1]]
         return logits, narrow
@@ -138,7 +139,7 @@ class Gradients:
     def _add_weight(self, gradient: Tensor, rows: Tensor) -> None:
         dtype = self._head.logits_dtype
         if self._weight is None:
-            self._weight = rows.new_empty(self._head.weight.shape, dtype=dtype)
+            self._weight = memory.empty(tuple(self._head.weight.shape), rows, dtype)
             _product(gradient, rows, self._weight)
         elif gradient.dtype == dtype:
             torch.addmm(self._weight, gradient, rows, out=self._weight)
