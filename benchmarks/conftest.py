@@ -9,26 +9,60 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+import torch
 
+from .table import Point, Table, write_record
+
+RESULTS = Path(__file__).parent / "results"
 FIGURES = pytest.StashKey[dict[str, float]]()
+TABLES = pytest.StashKey[list[Table]]()
+POINTS = pytest.StashKey[list[Point]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", type=Path, metavar="FILE", help="write the benchmarks' named figures to FILE (JSON)")
+    parser.addoption("--record", action="store_true", help="write tables, sweep and versions to RESULTS/<device>.json")
+    parser.addoption("--results", type=Path, default=RESULTS, help="folder for --record (default: benchmarks/results)")
+    parser.addoption("--sweep", action="store_true", help="also vary N, V and the share of live sequences")
+    parser.addoption("--device", help="cpu or cuda; default: cuda where there is one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FIGURES] = {}
+    config.stash[FIGURES], config.stash[TABLES], config.stash[POINTS] = {}, [], []
+
+
+def _device(config: pytest.Config) -> torch.device:
+    return torch.device(config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where the benchmarks of the vocabulary head run."""
+    return _device(pytestconfig)
 
 
 @pytest.fixture
 def figures(pytestconfig: pytest.Config) -> dict[str, float]:
     """Name -> value; put the figures of a benchmark in here, after its correctness gate."""
     return pytestconfig.stash[FIGURES]
+
+
+@pytest.fixture
+def tables(pytestconfig: pytest.Config) -> list[Table]:
+    """The tables printed at the end; add yours."""
+    return pytestconfig.stash[TABLES]
+
+
+@pytest.fixture
+def points(pytestconfig: pytest.Config) -> list[Point]:
+    """The points of the sweep; add yours. Skips the test unless ``--sweep`` is given."""
+    if not pytestconfig.getoption("--sweep"):
+        pytest.skip("runs with --sweep")
+    return pytestconfig.stash[POINTS]
 
 
 @pytest.fixture
@@ -50,7 +84,25 @@ def median_seconds() -> Callable[..., dict[str, float]]:
     return measure
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """Keep the record up to date after every benchmark: what a time limit cuts off then loses the rest only."""
+    yield
+    config = item.config
+    if config.getoption("--record") and (config.stash[TABLES] or config.stash[POINTS]):
+        write_record(
+            config.getoption("--results"),
+            _device(config),
+            [str(argument) for argument in config.invocation_params.args],
+            *(config.stash[TABLES], config.stash[POINTS], config.stash[FIGURES]),
+        )
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for table in config.stash[TABLES]:
+        for line in table.lines():
+            terminalreporter.write_line(line)
+        terminalreporter.write_line("")
     for name, value in sorted(config.stash[FIGURES].items()):
         terminalreporter.write_line(f"{name}  {value:.4g}")
 

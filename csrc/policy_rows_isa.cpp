@@ -1,7 +1,8 @@
 // Row kernels on the CPU for one instruction set: CMake compiles this file once for each, with ARFT_ISA naming it.
 //
-// A row is read three times (largest logit, sums, gradient) while it lies in the L2 cache; exponentials are computed
-// again rather than stored. `omp simd` lets the reductions vectorise without -ffast-math; threads are not used here.
+// A row is read three times (largest logit, sums, gradient) while it lies in the L2 cache. The sums leave exp(d_j) in the
+// place of the gradient where that is a multiple of it; a softcap or an entropy term needs the logit again.
+// `omp simd` lets the reductions vectorise without -ffast-math; threads are not used here.
 
 #include <algorithm>
 
@@ -34,8 +35,9 @@ struct Sums {
   double sum = 0.0, weighted = 0.0;
 };
 
-template <class S, bool biased, bool capped>
-void add(Sums& sums, const S* x, const S* bias, int64_t begin, int64_t end, S base, const Transform<S>& f) {
+// `kept`: where exp(d_j) stays; may be `x`. The transform comes by value: a store cannot change it then.
+template <class S, bool biased, bool capped, bool keep>
+void add(Sums& sums, const S* x, const S* bias, int64_t begin, int64_t end, S base, const Transform<S> f, S* kept) {
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t stop = start + kBlock < end ? start + kBlock : end;
     S sum = 0, weighted = 0;
@@ -45,19 +47,20 @@ void add(Sums& sums, const S* x, const S* bias, int64_t begin, int64_t end, S ba
       const S e = exp_(d);
       sum += e;
       weighted += e * d;
+      if (keep) kept[j] = e;
     }
     sums.sum += double(sum);
     sums.weighted += double(weighted);
   }
 }
 
-template <class S, bool biased, bool capped>
-Others<S> others(const S* x, const S* bias, int64_t vocabulary, int64_t token, const Transform<S>& f) {
+template <class S, bool biased, bool capped, bool keep>
+Others<S> others(const S* x, const S* bias, int64_t vocabulary, int64_t token, const Transform<S>& f, S* kept) {
   const S below = largest<S, biased>(x, bias, 0, token), above = largest<S, biased>(x, bias, token + 1, vocabulary);
   const S top = reduced(f, below > above ? below : above, capped).z;  // tanh rises: the largest x has the largest z
   Sums sums;
-  add<S, biased, capped>(sums, x, bias, 0, token, base(top), f);
-  add<S, biased, capped>(sums, x, bias, token + 1, vocabulary, base(top), f);
+  add<S, biased, capped, keep>(sums, x, bias, 0, token, base(top), f, kept);
+  add<S, biased, capped, keep>(sums, x, bias, token + 1, vocabulary, base(top), f, kept);
   return {top, S(sums.sum), S(sums.weighted)};
 }
 
@@ -69,6 +72,12 @@ void write_gradient(const S* x, const S* bias, int64_t vocabulary, S base, const
   for (int64_t j = 0; j < vocabulary; ++j) {
     out[j] = gradient_element(f, factors, with_bias<S, biased>(x, bias, j), base, capped);
   }
+}
+
+template <class S>
+void scale(S* values, int64_t count, S factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) values[j] *= factor;
 }
 
 template <class S>
@@ -87,6 +96,8 @@ void run(const arft_rows& rows, const arft_transform& transform, const arft_row_
   const Transform<S> f = make_transform<S>(transform);
   const Objective<S> o = objective ? make_objective<S>(*objective, rows) : Objective<S>{};
   const S* bias = static_cast<const S*>(rows.bias);
+  const bool entropy_term = objective ? o.entropy_coef != S(0) : rows.entropy_weight != nullptr;
+  const bool keep = rows.gradient && !capped && !entropy_term;
   for (int64_t i = begin; i < end; ++i) {
     const S* x = static_cast<const S*>(rows.logits) + i * rows.logits_stride;
     S* out = static_cast<S*>(rows.gradient) + (rows.gradient ? i * rows.gradient_stride : 0);
@@ -102,7 +113,9 @@ void run(const arft_rows& rows, const arft_transform& transform, const arft_row_
 
     const int64_t token = rows.token_ids[i];
     const Reduced<S> own = reduced(f, with_bias<S, biased>(x, bias, token), capped);
-    const Row<S> row = with_token(others<S, biased, capped>(x, bias, rows.vocabulary, token, f), own.z, f.k);
+    const Others<S> rest = keep ? others<S, biased, capped, true>(x, bias, rows.vocabulary, token, f, out)
+                                : others<S, biased, capped, false>(x, bias, rows.vocabulary, token, f, nullptr);
+    const Row<S> row = with_token(rest, own.z, f.k);
     put(rows.logprobs, i, row.logp);
     put(rows.entropy, i, row.entropy);
     if (!rows.gradient) continue;
@@ -119,7 +132,11 @@ void run(const arft_rows& rows, const arft_transform& transform, const arft_row_
       }
     }
     const Factors<S> factors = gradient_factors(row, f, g, e, own.slope);
-    write_gradient<S, biased, capped>(x, bias, rows.vocabulary, row.base, f, factors, out);
+    if (keep) {
+      scale(out, rows.vocabulary, factors.constant * exp_(exponent(rest.top, row.base, f.k)));
+    } else {
+      write_gradient<S, biased, capped>(x, bias, rows.vocabulary, row.base, f, factors, out);
+    }
     out[token] = factors.token;
   }
 }

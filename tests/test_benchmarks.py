@@ -14,7 +14,7 @@ from benchmarks import peers, plot, table
 from benchmarks.accuracy import Outcome, errors_of, gate
 from benchmarks.bench_policy_loss import figures_of, variants
 from benchmarks.contest import FLOOR, contest
-from benchmarks.meter import MIB, Measurement, Sample, measure, sample
+from benchmarks.meter import MIB, Measurement, Sample, measure, peak_bytes
 from benchmarks.problem import Problem, make_problem
 from benchmarks.sides import (
     OURS,
@@ -106,7 +106,7 @@ def test_the_meter_sees_an_allocation_that_was_freed() -> None:
     def allocate() -> None:
         torch.ones(64 * MIB, dtype=torch.int8)
 
-    peak = sample(allocate, CPU).peak_bytes
+    peak = peak_bytes(allocate, CPU)
     if peak is None:
         pytest.skip("this system does not tell a process's peak memory")
     assert 60 * MIB < peak < 72 * MIB
@@ -114,19 +114,25 @@ def test_the_meter_sees_an_allocation_that_was_freed() -> None:
 
 def test_the_meter_does_not_see_what_was_there_before() -> None:
     held = torch.ones(64 * MIB, dtype=torch.int8)
-    sample(lambda: torch.ones(64 * MIB, dtype=torch.int8), CPU)  # a higher mark, which the next sample has to reset
-    peak = sample(lambda: held[:10].sum(), CPU).peak_bytes
+    peak_bytes(lambda: torch.ones(64 * MIB, dtype=torch.int8), CPU)  # a higher mark, which the next one has to reset
+    peak = peak_bytes(lambda: held[:10].sum(), CPU)
     if peak is None:
         pytest.skip("this system does not tell a process's peak memory")
     assert peak < 8 * MIB
 
 
-def test_sides_take_turns_and_gradients_are_freed_before_each() -> None:
+def test_sides_take_turns_and_gradients_are_freed_before_each_run() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
     found = measure(calls, 2, CPU, lambda: order.append("free"), {})
-    assert order == ["free", "a", "free", "b"] * 2
+    assert order == (["free", "a"] * 2 + ["free", "b"] * 2) * 2  # a turn is two runs
     assert all(len(measurement.samples) == 2 for measurement in found.values())
+
+
+def test_ratios_compare_sides_within_a_round() -> None:
+    slow_later = Measurement(tuple(Sample(seconds, None) for seconds in (1.0, 1.0, 9.0, 9.0)))
+    twice = Measurement(tuple(Sample(2 * each.seconds, None) for each in slow_later.samples))
+    assert twice.over(slow_later) == 2.0 and slow_later.peak_mib is None
 
 
 def test_a_contest_names_those_who_cannot_take_part() -> None:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import memory
 from .dispatch import Chosen, row_kernels
 from .reference import CHUNK_BYTES, compute_dtype
 from .rows import RowObjective, Transform, Vectors
@@ -23,6 +22,10 @@ from .rows import RowObjective, Transform, Vectors
 CUDA_CHUNK_BYTES = 1792 * 2**20
 """Default budget of a chunk on CUDA: 3,000 rows of 152,064 float32 logits. Adding a chunk's product to the float32
 gradient of the weight reads and writes that gradient once, which hides behind the product from about 3,000 rows on."""
+
+WEIGHT_BLOCK_BYTES = 2 * 2**20
+"""On a CPU a few hundred rows meet the weight in blocks that stay in the cache: threads of a product share rows out, and
+each packs all of the weight for itself (12 % of a product of 512 rows on two cores)."""
 
 Index = slice | Tensor
 """Rows of a chunk: a slice (views, no copy), or int64 row numbers."""
@@ -68,13 +71,16 @@ class Head:
 
     def products(self, rows: Tensor, out: Tensor) -> Tensor:
         """``rows @ weight.T`` into ``out`` [C, V]."""
-        return _product(rows, self.weight.t(), out)
+        block = len(self.weight) if rows.is_cuda else max(1, WEIGHT_BLOCK_BYTES // (rows.shape[1] * rows.itemsize))
+        for start in range(0, len(self.weight), block):
+            _product(rows, self.weight[start : start + block].t(), out[:, start : start + block])
+        return out
 
     def workspace(self, rows: int) -> tuple[Tensor, Tensor]:
         """Logits [rows, V] and their gradient over the same memory: itself, or the narrower dtype at the row starts."""
         if self._workspace is None:
             size = min(self.chunk_rows, len(self.hidden)), self.weight.shape[0]
-            self._workspace = memory.empty(size, self.hidden, self.logits_dtype)
+            self._workspace = self.hidden.new_empty(size, dtype=self.logits_dtype)
         logits = self._workspace[:rows]
         narrow = logits if self.dtype == self.logits_dtype else logits.view(self.dtype)[:, : logits.shape[1]]
         return logits, narrow
@@ -139,7 +145,7 @@ class Gradients:
     def _add_weight(self, gradient: Tensor, rows: Tensor) -> None:
         dtype = self._head.logits_dtype
         if self._weight is None:
-            self._weight = memory.empty(tuple(self._head.weight.shape), rows, dtype)
+            self._weight = rows.new_empty(self._head.weight.shape, dtype=dtype)
             _product(gradient, rows, self._weight)
         elif gradient.dtype == dtype:
             torch.addmm(self._weight, gradient, rows, out=self._weight)

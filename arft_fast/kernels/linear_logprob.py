@@ -132,7 +132,7 @@ def _empty_stash(hidden: Tensor, weight: Tensor, stash_bytes: int, dtype: torch.
 @torch.library.custom_op("arft_fast::linear_logprob_backward", mutates_args=())
 def _backward(
     grad_logprobs: Tensor,
-    grad_entropy: Tensor,
+    grad_entropy: Tensor | None,
     stash: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -144,14 +144,14 @@ def _backward(
     chosen: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(hidden, weight, token_ids, bias, Transform(*transform), chunk_bytes, cast(Chosen, chosen))
-    gradients = given_gradients(head, Needs(*needs), grad_logprobs.contiguous(), grad_entropy.contiguous(), stash)
+    gradients = given_gradients(head, Needs(*needs), grad_logprobs, grad_entropy, stash)
     return gradients.collect(hidden, weight, bias)
 
 
 @_backward.register_fake
 def _(
     grad_logprobs: Tensor,
-    grad_entropy: Tensor,
+    grad_entropy: Tensor | None,
     stash: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -177,12 +177,19 @@ def empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, token_ids, bias, transform, chunk_bytes, _, chosen = inputs
     stash = output[2]
+    ctx.set_materialize_grads(False)  # or a zero is made for the stash
     ctx.mark_non_differentiable(stash)
     ctx.save_for_backward(hidden, weight, token_ids, bias, stash)
     ctx.settings = transform, chunk_bytes, chosen
 
 
-def _gradient(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    given = grad_entropy if grad_logprobs is None else grad_logprobs
+    if given is None:
+        return (None,) * 8
+    grad_logprobs = torch.zeros_like(given) if grad_logprobs is None else grad_logprobs
     hidden, weight, token_ids, bias, stash = ctx.saved_tensors
     transform, chunk_bytes, chosen = ctx.settings
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]

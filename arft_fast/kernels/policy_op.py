@@ -119,11 +119,14 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # or a zero is made for each gradient, in the size of the weight
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[5:])
 
 
-def _gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 18
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     hidden, weight, bias = (
         scaled(gradient, grad_loss) if need else None for gradient, need in zip(ctx.saved_tensors, needed, strict=True)

@@ -33,35 +33,36 @@ def group_advantage(
     if groups == 0:
         return advantages, mean, std, no_signal
 
-    grid = (groups,)
-    flags = no_signal.view(torch.uint8)
-    columns = _columns(components, rule)
-    moments = None
-    if rule.scale == "batch":
-        moments = rewards.new_empty(3, groups, columns["C"], dtype=torch.float64)
-        moments_kernel[grid](rewards, weights, offsets, moments, groups, **columns, num_warps=1)
-    raw = torch.empty_like(advantages, dtype=torch.float64) if rule.whiten else advantages
-    advantage_kernel[grid](
-        *(rewards, weights, offsets, moments, raw, mean, std, flags, groups),
-        **columns,
-        CENTER=rule.center,
-        SCALE=rule.scale,
-        WHITEN=rule.whiten,
-        STD_FLOOR=rule.std_floor,
-        EPSILON=rule.epsilon,
-        num_warps=1,
-    )
-    if rule.whiten:
-        moments = rewards.new_empty(3, groups, 1, dtype=torch.float64)
-        moments_kernel[grid](raw, None, offsets, moments, groups, **_columns(1, Normalization()), num_warps=1)
-        subtract = rule.center == "none"
-        whiten_kernel[grid](
-            *(raw, offsets, moments, advantages, flags, groups),
-            R=_BLOCK,
-            SUBTRACT=subtract,
+    with torch.cuda.device_of(rewards):
+        grid = (groups,)
+        flags = no_signal.view(torch.uint8)
+        columns = _columns(components, rule)
+        moments = None
+        if rule.scale == "batch":
+            moments = rewards.new_empty(3, groups, columns["C"], dtype=torch.float64)
+            moments_kernel[grid](rewards, weights, offsets, moments, groups, **columns, num_warps=1)
+        raw = torch.empty_like(advantages, dtype=torch.float64) if rule.whiten else advantages
+        advantage_kernel[grid](
+            *(rewards, weights, offsets, moments, raw, mean, std, flags, groups),
+            **columns,
+            CENTER=rule.center,
+            SCALE=rule.scale,
+            WHITEN=rule.whiten,
+            STD_FLOOR=rule.std_floor,
             EPSILON=rule.epsilon,
             num_warps=1,
         )
+        if rule.whiten:
+            moments = rewards.new_empty(3, groups, 1, dtype=torch.float64)
+            moments_kernel[grid](raw, None, offsets, moments, groups, **_columns(1, Normalization()), num_warps=1)
+            subtract = rule.center == "none"
+            whiten_kernel[grid](
+                *(raw, offsets, moments, advantages, flags, groups),
+                R=_BLOCK,
+                SUBTRACT=subtract,
+                EPSILON=rule.epsilon,
+                num_warps=1,
+            )
     return advantages, mean, std, no_signal
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks beside the peers; README.md says how to run them."""
