@@ -93,7 +93,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
         write_record(
             config.getoption("--results"),
             _device(config),
-            [str(argument) for argument in config.invocation_params.args],
+            ["benchmarks", "--record", *(["--sweep"] if config.getoption("--sweep") else [])],  # no paths of a machine
             *(config.stash[TABLES], config.stash[POINTS], config.stash[FIGURES]),
         )
 

@@ -1,7 +1,7 @@
 """Time and peak memory of functions that take turns: a slow moment of the machine hits all of them alike.
 
-A turn is two runs: the first tells the peak memory, the second, when memory and caches are warm, the time. Time: the
-wall clock on a CPU, CUDA events with a flushed L2 cache on a GPU. Memory: what the process (VmHWM) or torch's allocator
+A turn is two runs: the first tells the peak memory, the second, when memory and caches are warm, the time. Time is the
+wall clock on a CPU, CUDA events after an L2 flush on a GPU. Memory is what the process (VmHWM) or torch's allocator
 held at most, minus what it held before; gradients that stay behind count, so callers free them before each run.
 """
 
