@@ -57,9 +57,8 @@ class Head:
         chunk_bytes: int,
         chosen: Chosen,
     ) -> None:
-        narrow = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
         self.logits_dtype = compute_dtype(hidden, weight)
-        self.dtype = torch.bfloat16 if narrow else self.logits_dtype
+        self.dtype = torch.bfloat16 if _has_tensor_cores(hidden, weight) else self.logits_dtype
         self.hidden = hidden.detach().to(self.dtype)
         self.weight = weight.detach().to(self.dtype)
         self.token_ids = token_ids.long()
@@ -88,6 +87,19 @@ class Head:
     def per_row(self, values: float = 0.0) -> Tensor:
         """[N] in the dtype of the statistics."""
         return self.hidden.new_full((len(self.hidden),), values, dtype=self.logits_dtype)
+
+
+def _has_tensor_cores(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether products of bfloat16 operands are fast here and may sum into float32."""
+    return hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``; the product is not rounded to narrower operands before it is added."""
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -143,14 +155,11 @@ class Gradients:
             self._bias += gradient.sum(dim=0, dtype=self._bias.dtype)
 
     def _add_weight(self, gradient: Tensor, rows: Tensor) -> None:
-        dtype = self._head.logits_dtype
         if self._weight is None:
-            self._weight = rows.new_empty(self._head.weight.shape, dtype=dtype)
+            self._weight = rows.new_empty(self._head.weight.shape, dtype=self._head.logits_dtype)
             _product(gradient, rows, self._weight)
-        elif gradient.dtype == dtype:
-            torch.addmm(self._weight, gradient, rows, out=self._weight)
         else:
-            torch.addmm(self._weight, gradient, rows, out_dtype=dtype, out=self._weight)
+            _accumulate(self._weight, gradient, rows)
 
     def collect(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in the dtypes of their operands; empty where none is needed."""
