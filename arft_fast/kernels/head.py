@@ -23,7 +23,7 @@ CUDA_CHUNK_BYTES = 1792 * 2**20
 """Default budget of a chunk on CUDA: 3,000 rows of 152,064 float32 logits. Adding a chunk's product to the float32
 gradient of the weight reads and writes that gradient once, which hides behind the product from about 3,000 rows on."""
 
-WEIGHT_BLOCK_BYTES = 8 * 2**20
+WEIGHT_BLOCK_BYTES = 2 * 2**20
 """On a CPU a few hundred rows meet the weight in blocks that stay in the cache: threads of a product share rows out,
 and each packs all of the weight for itself (12 % of a product of 512 rows on two cores)."""
 
