@@ -11,6 +11,7 @@ from torch import Tensor
 from . import checks
 from .objective import FAMILY, LEVELS, REDUCTIONS, Level, Loss, Objective, Reduction, Rows
 from .rows import KLS, Kl, RowObjective, SamplerCorrection
+from .shared_rows import read, read_by
 
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 _CORRECTIONS: dict[Correction, tuple[Level, SamplerCorrection]] = {
@@ -127,6 +128,7 @@ def resolve_rows(
     denominator: float | Tensor | None,
     advantages: Tensor,
     *,
+    row_index: Tensor | None,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
     old: Tensor | None,
@@ -145,17 +147,22 @@ def resolve_rows(
     )
     arguments.tensor("advantages", advantages, "B" if per_sequence else "N", "floating")
     checks.finite("advantages", advantages, "masked trajectories have advantage 0 (see group_advantage)")
-    for name, values in (("old_logprobs", old), ("ref_logprobs", ref), ("sampler_logprobs", sampler)):
+    device = advantages.device
+    kept = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
+    remedy = "score it with the bias and temperature of the sampler"
+    for name, values in (("old_logprobs", old), ("sampler_logprobs", sampler)):
         if values is not None:
             arguments.tensor(name, values, "N", "floating")
-            checks.finite(name, values, "score it with the bias and temperature of the sampler", where=mask)
+            checks.finite(name, values, remedy, where=kept)
+    if ref is not None:
+        arguments.tensor("ref_logprobs", ref, "N" if row_index is None else "M", "floating")
+        checks.finite("ref_logprobs", ref, remedy, where=read_by(kept, row_index, len(ref)))
+        ref = read(ref.detach(), row_index)
     if weight is not None:
         arguments.tensor("sampler_weights", weight, "N", "floating")
         checks.finite("sampler_weights", weight, "use 0 to leave a token out", where=mask)
         checks.not_negative("sampler_weights", weight, where=mask)
 
-    device = advantages.device
-    kept = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
     if cu_seqlens is None:
         sequence, sequences = torch.zeros(tokens, dtype=torch.int64, device=device), 1
     else:

@@ -134,11 +134,33 @@ def token_range(name: str, value: Tensor, vocabulary: int) -> None:
             )
 
 
-def head(arguments: Arguments, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> None:
+def row_range(name: str, value: Tensor, rows: int) -> None:
+    """Refuse row numbers outside 0 .. rows - 1 (CPU tensors only)."""
+    if value.numel() and on_host(value):
+        low, high = (int(v) for v in value.aminmax())
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"{name}: must lie in 0 .. {rows - 1} (there are {rows} rows of hidden), got {low} .. {high}; "
+                "number the rows that you pass, and leave tokens without a row out"
+            )
+
+
+def row_numbers(arguments: Arguments, value: Tensor | None) -> Tensor | None:
+    """``row_index`` [N] into the M rows of hidden, checked, as int64."""
+    if value is None:
+        return None
+    arguments.tensor("row_index", value, "N", "integer")
+    row_range("row_index", value, arguments.size("M"))
+    return value.long()
+
+
+def head(
+    arguments: Arguments, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, rows: str = "N"
+) -> None:
     """Check the tensors that every function on the vocabulary head takes: shapes first, then values."""
-    arguments.tensor("hidden", hidden, "N D", "floating")
+    arguments.tensor("hidden", hidden, f"{rows} D", "floating")
     arguments.tensor("weight", weight, "V D", "floating")
-    arguments.tensor("token_ids", token_ids, "N", "integer")
+    arguments.tensor("token_ids", token_ids, rows, "integer")
     if weight.shape[0] == 0:
         raise ValueError("weight: has no rows (V is 0); pass the whole lm_head.weight (gather it if it is sharded)")
     token_range("token_ids", token_ids, weight.shape[0])

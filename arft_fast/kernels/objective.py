@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .rows import KLS, MAX_LOG_RATIO, SAMPLER_CORRECTIONS, SURROGATES, RowObjective, Vectors
+from .shared_rows import add_up, read
 
 Loss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "gmpo"]
 Level = Literal["token", "sequence"]
@@ -105,7 +106,7 @@ class Rows(NamedTuple):
     def sequence_sum(self, values: Tensor) -> Tensor:
         """[N]: sum of ``values`` over the unmasked tokens of each token's sequence."""
         kept = torch.where(self.scale != 0, values, 0.0)
-        return torch.zeros_like(self.lengths).index_add(0, self.sequence, kept)[self.sequence]
+        return read(add_up(kept, self.sequence, len(self.lengths)), self.sequence)
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """[N]: mean of ``values`` over the unmasked tokens of each token's sequence."""
@@ -240,14 +241,17 @@ def row_problem(rows: Rows, objective: Objective) -> tuple[RowObjective, Vectors
             None,
             replace(row, sampler="none"),
         )
-    elif rows.weight is not None:
-        advantage = advantage * rows.weight
+    else:  # at ratio 1 every surrogate has the slope A, but for a cap below 1
+        if row.surrogate == "clip" and not objective.gmpo and row.delta < 1:
+            advantage = advantage.clamp(max=0)
+        if rows.weight is not None:
+            advantage = advantage * rows.weight
+        row = replace(row, surrogate="clip", delta=math.inf, dual_clip=math.inf)
     if averaged:
         live = rows.scale != 0
         advantage = torch.where(
             live, rows.sequence_mean(advantage * rows.scale) / torch.where(live, rows.scale, 1.0), 0.0
         )
-        row = replace(row, surrogate="clip")
     return row, Vectors(advantage, rows.scale, rows.old, rows.ref if row.beta > 0 else None, sampler)
 
 
@@ -258,7 +262,9 @@ def known_without_gradient(rows: Rows, objective: Objective) -> Tensor:
     if row.beta > 0 or row.entropy_coef > 0 or objective.top_entropy_quantile < 1.0:
         return masked
     pull = rows.advantage if rows.weight is None else rows.advantage * rows.weight
-    if objective.level == "sequence" or objective.gmpo:  # a token without pull still moves its sequence's ratio
+    weighs = row.sampler != "none" and objective.sampler_level == "sequence" and rows.old is None
+    # A token without pull still moves its sequence's ratio, or its sequence's weight.
+    if objective.level == "sequence" or objective.gmpo or weighs:
         pull = rows.sequence_sum(pull.abs())
     return masked | (pull == 0)
 

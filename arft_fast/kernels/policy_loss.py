@@ -1,4 +1,7 @@
-"""The policy-gradient losses of the GRPO family. Dimension letters: N rows, D hidden, V vocabulary, B sequences."""
+"""The policy-gradient losses of the GRPO family.
+
+Dimension letters: N tokens, M rows of the head, D hidden, V vocabulary, B sequences.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from .objective import (
 )
 from .policy_op import fused_policy_loss
 from .rows import Kl, Transform
+from .shared_rows import read, read_by, stand_for_terms
 
 
 def policy_loss(
@@ -32,6 +36,7 @@ def policy_loss(
     token_ids: Tensor,
     advantages: Tensor,
     *,
+    row_index: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -86,16 +91,26 @@ def policy_loss(
     ``old_logprobs``) the gradient waits for all log-probs: see ``linear_logprob`` for its cost. Statistics and sums are
     float32 as there. The result is deterministic.
 
+    On a prefix tree several sequences share a row (the same past, the same sampled token). With ``row_index`` the head
+    computes each row once, and the result is that of ``hidden[row_index]``, ``token_ids[row_index]`` and
+    ``ref_logprobs[row_index]``: every token keeps its own advantage, weight and clip. On-policy without a sampler
+    correction the gradients of a row's tokens add up before the product, and tokens that cancel to exactly 0 cost
+    nothing (no KL or entropy term). Otherwise the gradient waits for all log-probs as above if some row has several
+    tokens with a gradient (under ``torch.compile``, where values cannot choose the route, in any case).
+
     Args:
-        hidden: [N, D] floating, rows of all sequences one after the other, only those whose token the policy sampled.
+        hidden: [N, D] floating, rows of all sequences one after the other, only those whose token the policy sampled;
+            with ``row_index`` [M, D], in any order.
         weight: [V, D] floating, as ``lm_head.weight``; whole, not sharded.
-        token_ids: [N] int64 or int32.
+        token_ids: [N] int64 or int32; with ``row_index`` [M].
         advantages: [B] floating, one a sequence, or [N], one a token (read as [B] where B = N).
-        cu_seqlens: [B + 1] int64 or int32: sequence b holds the rows ``cu_seqlens[b] .. cu_seqlens[b + 1] - 1``, maybe
-            none; it counts in the default denominator all the same. None: advantages are [N], and the loss one of
-            single tokens with ``reduction="token_mean"``.
+        row_index: [N] int64 or int32 in 0 .. M - 1, the row that each token reads; a row that none reads is skipped and
+            has a gradient of 0. None: token i reads row i.
+        cu_seqlens: [B + 1] int64 or int32: sequence b holds the tokens ``cu_seqlens[b] .. cu_seqlens[b + 1] - 1``,
+            maybe none; it counts in the default denominator all the same. None: advantages are [N], and the loss one
+            of single tokens with ``reduction="token_mean"``.
         old_logprobs: [N] of the policy that sampled; None: on-policy, r is 1 with the gradient of ``logp``.
-        ref_logprobs: [N] of the reference policy; needed when ``beta`` > 0.
+        ref_logprobs: [N] of the reference policy; needed when ``beta`` > 0. With ``row_index`` [M]: it is the row's.
         sampler_logprobs: [N] as the engine reported them; for ``sampler_gap``, and for ``sampler_correction``.
         sampler_weights: [N] importance weights >= 0 of your own, constants.
         mask: [N] bool; False takes the token out of loss, lengths, default denominator and statistics.
@@ -117,14 +132,15 @@ def policy_loss(
         sampler_correction: ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"`` or ``"sequence_mask"``:
             weigh the surrogate by ``exp(old - sampler)`` (current log-probs without ``old``), of the token or summed
             over the sequence, bounded to ``sampler_clip`` or zeroed outside it.
-        measure_all: score rows without a gradient too (one product each), so that statistics cover every unmasked row.
+        measure_all: score rows without a gradient too (one product each), so that statistics cover every unmasked
+            token.
         impl: ``"triton"``, ``"native"``, ``"reference"`` (plain PyTorch, autograd) or ``"auto"``; see ``head_impl``.
 
     Returns:
-        The loss, 0-dim, zero but connected to the graph when N is 0; and detached 0-dim means over the ``tokens`` rows
-        that were computed: ``entropy``, ``kl`` (0 without ``ref_logprobs``), ``clip_ratio/low_mean``,
-        ``clip_ratio/high_mean`` (share of tokens outside the range on the side that the clip stops), ``sampler_gap``
-        (``|logp - sampler|``, 0 without), with ``ratio_max``, ``tokens`` and ``gradient_rows``.
+        The loss, 0-dim, zero but connected to the graph when N is 0; and detached 0-dim means over the tokens that were
+        computed: ``entropy``, ``kl`` (0 without ``ref_logprobs``), ``clip_ratio/low_mean``, ``clip_ratio/high_mean``
+        (share of tokens outside the range on the side that the clip stops), ``sampler_gap`` (``|logp - sampler|``, 0
+        without), with ``ratio_max``, ``tokens`` (how many) and ``gradient_rows`` (rows in the gradient products).
 
     Raises:
         TypeError: a dtype or type is wrong.
@@ -133,7 +149,8 @@ def policy_loss(
         RuntimeError: ``impl`` is not available here.
     """
     arguments = checks.Arguments()
-    checks.head(arguments, hidden, weight, token_ids, bias)
+    checks.head(arguments, hidden, weight, token_ids, bias, rows="N" if row_index is None else "M")
+    row_index = checks.row_numbers(arguments, row_index)
     transform = checks.transform(temperature, softcap, logit_scale)
     chunk_bytes, stash_bytes = checks.budgets(chunk_bytes, stash_bytes, default_chunk_bytes(hidden))
     chosen = head_impl(hidden, impl)
@@ -145,23 +162,27 @@ def policy_loss(
         has_sequences=cu_seqlens is not None, has_denominator=denominator is not None,
     )  # fmt: skip
     rows = resolve_rows(
-        arguments, reference.compute_dtype(hidden, weight), reduction, denominator, advantages, cu_seqlens=cu_seqlens,
-        mask=mask, old=old_logprobs, ref=ref_logprobs, sampler=sampler_logprobs, weight=sampler_weights,
+        arguments, reference.compute_dtype(hidden, weight), reduction, denominator, advantages,
+        row_index=row_index, cu_seqlens=cu_seqlens, mask=mask, old=old_logprobs, ref=ref_logprobs,
+        sampler=sampler_logprobs, weight=sampler_weights,
     )  # fmt: skip
     checks.allowed(token_ids, bias)
     operands = (hidden, weight, token_ids, bias, transform)
-    skipped = known_without_gradient(rows, objective)
+    terms = ~known_without_gradient(rows, objective)
+    live = read_by(terms, row_index, hidden.shape[0])
     if chosen == "reference":
-        total, logprobs, entropy = reference.policy_loss(*operands, rows, objective, chunk_bytes)
-        computed, coefficient = rows.scale != 0, (~skipped).to(logprobs.dtype)
-    elif row_problem(rows, objective) is not None:
+        total, logprobs, entropy = reference.policy_loss(*operands, rows, objective, chunk_bytes, row_index)
+        computed, coefficient = rows.scale != 0, live.to(logprobs.dtype)
+    elif (problem := row_problem(rows, objective)) and stand_for_terms(problem[1], row_index, terms, hidden.shape[0]):
         total, logprobs, entropy, coefficient, computed = fused_policy_loss(
-            *operands, rows, objective, measure_all, chunk_bytes, chosen
+            *operands, rows, objective, measure_all, chunk_bytes, chosen, row_index
         )
     else:
-        computed = rows.scale != 0 if measure_all else ~skipped
-        total, logprobs, entropy = _coupled(operands, rows, objective, computed, (chunk_bytes, stash_bytes, chosen))
-        coefficient = (~skipped).to(logprobs.dtype)
+        computed = rows.scale != 0 if measure_all else terms
+        total, logprobs, entropy = _coupled(
+            operands, rows, objective, row_index, computed, (chunk_bytes, stash_bytes, chosen)
+        )
+        coefficient = live.to(logprobs.dtype)
     return total, statistics(logprobs.detach(), entropy.detach(), coefficient, computed, rows, objective)
 
 
@@ -169,19 +190,22 @@ def _coupled(
     operands: tuple[Tensor, Tensor, Tensor, Tensor | None, Transform],
     rows: Rows,
     objective: Objective,
+    row_index: Tensor | None,
     computed: Tensor,
     settings: tuple[int, int, Chosen],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs first, then the objective on vectors: autograd carries its coefficients into the second pass.
 
     Returns:
-        loss 0-dim, logprobs [N], entropy [N]; the latter are 0 in rows that are not ``computed``.
+        loss 0-dim, logprobs [N], entropy [N]; the latter are 0 in tokens that are not ``computed``.
     """
     hidden, weight, token_ids, bias, transform = operands
     if torch.compiler.is_compiling():  # how many rows there are must not depend on their values
-        logprobs, entropy = fused_logprob(hidden, weight, token_ids, bias, transform, *settings)
+        every = fused_logprob(hidden, weight, token_ids, bias, transform, *settings)
     else:
-        index = computed.nonzero()[:, 0]
+        index = read_by(computed, row_index, len(hidden)).nonzero()[:, 0]
         some = fused_logprob(hidden[index], weight, token_ids[index], bias, transform, *settings)
-        logprobs, entropy = (torch.zeros_like(rows.scale).index_copy(0, index, values) for values in some)
+        blank = rows.scale.new_zeros(len(hidden))
+        every = blank.index_copy(0, index, some[0]), blank.index_copy(0, index, some[1])
+    logprobs, entropy = (read(values, row_index, computed) for values in every)
     return weighted_sum(policy_terms(logprobs, entropy, rows, objective).loss, rows), logprobs, entropy

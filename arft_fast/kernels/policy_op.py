@@ -13,6 +13,7 @@ from .head import Head, Needs, policy_gradients, score
 from .linear_logprob import empty_gradients
 from .objective import Objective, Rows, known_without_gradient, policy_terms, row_problem, weighted_sum
 from .rows import Transform
+from .shared_rows import merge, read, read_by
 
 
 def fused_policy_loss(
@@ -26,18 +27,19 @@ def fused_policy_loss(
     measure_all: bool,
     chunk_bytes: int,
     chosen: Chosen,
+    row_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss of an objective that single rows decide (``row_problem``), on arguments that were checked.
+    """The loss of an objective that single rows decide (``row_problem``, ``stand_for_terms``), arguments checked.
 
     Returns:
-        loss 0-dim, differentiable; logprobs, entropy and coefficient [N], 0 in rows that were not computed; computed
-        [N] bool.
+        loss 0-dim, differentiable; logprobs and entropy [N] and the rows' coefficient [M], 0 where not computed;
+        computed [N] bool.
     """
     grad = torch.is_grad_enabled()
     needs = [grad and operand is not None and operand.requires_grad for operand in (hidden, weight, bias)]
     loss, logprobs, entropy, coefficient, computed, *_ = torch.ops.arft_fast.policy_loss(
         *(hidden, weight, token_ids, bias, *rows),
-        *(list(transform), objective.to_numbers(), measure_all, needs, chunk_bytes, chosen),
+        *(list(transform), objective.to_numbers(), measure_all, needs, chunk_bytes, chosen, row_index),
     )
     return loss, logprobs, entropy, coefficient, computed
 
@@ -62,25 +64,31 @@ def _forward(
     needs: list[bool],
     chunk_bytes: int,
     chosen: str,
+    row_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.token_range("token_ids", token_ids, weight.shape[0])
+    if row_index is not None:
+        checks.row_range("row_index", row_index, len(hidden))
     head = Head(hidden, weight, token_ids, bias, Transform(*transform), chunk_bytes, cast(Chosen, chosen))
     rows = Rows(advantage, scale, sequence, lengths, old, ref, sampler, sampler_weight)
     settings = Objective.from_numbers(objective)
     problem = row_problem(rows, settings)
     assert problem is not None, "fused_policy_loss takes objectives that single rows decide"
 
-    skipped, wanted = known_without_gradient(rows, settings), Needs(*needs)
-    computed = scale != 0 if measure_all else ~skipped
+    terms, wanted = ~known_without_gradient(rows, settings), Needs(*needs)
+    live, vectors = merge(*problem, row_index, terms, len(hidden))
+    computed = scale != 0 if measure_all else terms & read(live, row_index)
+    measured = read_by(computed, row_index, len(hidden))
     if any(wanted):
-        logprobs, entropy, coefficient, gradients = policy_gradients(head, wanted, _selected(~skipped), *problem)
+        logprobs, entropy, coefficient, gradients = policy_gradients(head, wanted, _selected(live), problem[0], vectors)
         if measure_all:
-            rest = score(head, _selected(computed & skipped))
+            rest = score(head, _selected(measured & ~live))
             logprobs, entropy = logprobs + rest[0], entropy + rest[1]  # each 0 where the other is not
         collected = gradients.collect(hidden, weight, bias)
     else:
-        logprobs, entropy = score(head, _selected(computed))
+        logprobs, entropy = score(head, _selected(measured))
         coefficient, collected = torch.zeros_like(logprobs), empty_gradients(hidden, weight, bias, wanted)
+    logprobs, entropy = (read(values, row_index, computed) for values in (logprobs, entropy))
     loss = weighted_sum(policy_terms(logprobs, entropy, rows, settings).loss, rows)
     return loss, logprobs, entropy, coefficient, computed, *collected
 
@@ -111,11 +119,13 @@ def _(
     needs: list[bool],
     chunk_bytes: int,
     chosen: str,
+    row_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row = hidden.new_empty(hidden.shape[0], dtype=reference.compute_dtype(hidden, weight))
-    computed = torch.empty_like(row, dtype=torch.bool)
+    coefficient = hidden.new_empty(hidden.shape[0], dtype=reference.compute_dtype(hidden, weight))
+    logprobs = coefficient.new_empty(scale.shape[0])
+    computed = torch.empty_like(logprobs, dtype=torch.bool)
     gradients = empty_gradients(hidden, weight, bias, Needs(*needs))
-    return row.new_empty(()), row, torch.empty_like(row), torch.empty_like(row), computed, *gradients
+    return logprobs.new_empty(()), logprobs, torch.empty_like(logprobs), coefficient, computed, *gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -126,12 +136,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _gradient(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 18
+        return (None,) * 19
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     hidden, weight, bias = (
         scaled(gradient, grad_loss) if need else None for gradient, need in zip(ctx.saved_tensors, needed, strict=True)
     )
-    return hidden, weight, None, bias, *[None] * 14
+    return hidden, weight, None, bias, *[None] * 15
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .group_advantage_reference import group_advantage
 from .objective import Objective, Rows, policy_terms, weighted_sum
 from .rows import Transform
+from .shared_rows import read, read_by
 
 __all__ = ["CHUNK_BYTES", "compute_dtype", "group_advantage", "linear_logprob", "logits_logprob", "policy_loss"]
 
@@ -100,13 +101,17 @@ def policy_loss(
     rows: Rows,
     objective: Objective,
     chunk_bytes: int = CHUNK_BYTES,
+    row_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of ``objective`` with its gradient by autograd; see ``arft_fast.policy_loss``.
 
     Returns:
-        loss 0-dim, logprobs [N], entropy [N]; the latter are 0 in masked rows.
+        loss 0-dim, logprobs [N], entropy [N]; the latter are 0 in masked tokens.
     """
-    live = (rows.scale != 0).nonzero()[:, 0]  # whatever stands in a masked row, NaN too, takes no part
+    kept = rows.scale != 0
+    # Whatever stands in a row of masked tokens, NaN too, takes no part.
+    live = read_by(kept, row_index, len(hidden)).nonzero()[:, 0]
     some = linear_logprob(hidden[live], weight, token_ids[live], bias, transform, chunk_bytes)
-    logprobs, entropy = (torch.zeros_like(rows.scale).index_copy(0, live, values) for values in some)
+    every = (rows.scale.new_zeros(len(hidden)).index_copy(0, live, values) for values in some)
+    logprobs, entropy = (read(values, row_index, kept) for values in every)
     return weighted_sum(policy_terms(logprobs, entropy, rows, objective).loss, rows), logprobs, entropy
