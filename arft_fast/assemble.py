@@ -177,6 +177,7 @@ def open_optimizer(config: Config, policy: Policy, ranks: Ranks) -> tuple[Optimi
         temperature=config.rollout.temperature,
         longest_completion=config.rollout.max_tokens,
         micro_batch_tokens=settings.micro_batch_tokens,
+        prefix_tree=settings.prefix_tree,
         drop_no_signal=settings.drop_no_signal,
     )
     return optimizer, loss

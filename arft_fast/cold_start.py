@@ -40,6 +40,7 @@ def cold_start(
                 "max_tokens": config.rollout.max_tokens,
                 "seed": config.train.seed,
                 "micro_batch_tokens": config.train.micro_batch_tokens,
+                "prefix_tree": config.train.prefix_tree,
                 "world": ranks.world,
                 "threads": torch.get_num_threads(),
             },
@@ -67,7 +68,8 @@ def cold_start(
 
             imitate(
                 policy, teacher.episode, steps=steps, batch_size=settings.batch_size, learning_rate=rate,
-                warmup_steps=warmup, micro_batch_tokens=config.train.micro_batch_tokens, ranks=ranks, on_step=on_step,
+                warmup_steps=warmup, micro_batch_tokens=config.train.micro_batch_tokens,
+                prefix_tree=config.train.prefix_tree, ranks=ranks, on_step=on_step,
             )  # fmt: skip
     if cache is not None and ranks.main:
         cache.save(policy)

@@ -58,7 +58,7 @@ class PolicyConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the computation; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     attention: str = "sdpa"
-    """Attention implementation handed to transformers."""
+    """Attention of the vision tower, by transformers' name for it."""
     max_pixels: int = 401408
     """Larger images are scaled down to this many pixels, aspect kept."""
     min_pixels: int = 3136
@@ -211,8 +211,12 @@ class TrainConfig(_Section):
     """Rewards are summed and then compared (GRPO), or compared one by one (GDPO)."""
     drop_no_signal: bool = True
     """Trajectories that cannot have a gradient skip the forward pass, and the entropy that is reported."""
+    prefix_tree: bool = True
+    """Compute what samples share once: the prompt, its images, and turns that are the same."""
+    prefix_tree_check: bool = True
+    """Compare the tree with the samples one by one on the first batch, and stop if they differ."""
     micro_batch_tokens: int = 1024
-    """Tokens in one forward and backward pass."""
+    """Tokens in one forward and backward pass, shared ones counted once."""
     seed: int = 0
     """Seed of prompts, sampling and initial weights."""
     threads: int = 0

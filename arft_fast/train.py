@@ -26,20 +26,22 @@ from arft_fast.assemble import (
     open_tasks,
 )
 from arft_fast.cold_start import cold_start
-from arft_fast.config import Config, TrainConfig
+from arft_fast.config import Config, ConfigError, TrainConfig
 from arft_fast.evaluate import evaluate
 from arft_fast.flags import load_config, one_line_errors
 from arft_fast.kernels import group_advantage
+from arft_fast.policy.micro_batches import check_first_batch
 from arft_fast.policy.model import Policy
 from arft_fast.policy.parallel import Ranks
-from arft_fast.policy.update import grpo_update
+from arft_fast.policy.tree_guard import TreeMismatch
+from arft_fast.policy.update import GrpoLoss, grpo_update
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
 from arft_fast.rollout.collect import collect
 from arft_fast.rollout.engine import Engine
 from arft_fast.rollout.stop import Stopped, StopSignal
 from arft_fast.run import Evaluations, Run, open_run
 from arft_fast.tasks.mixture import Mixture
-from arft_fast.trajectory import Group
+from arft_fast.trajectory import Group, Trajectory
 
 
 async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: StopSignal) -> None:
@@ -85,12 +87,31 @@ async def reinforce(
             stop.check(ranks)
             advantages = compare(groups, settings, ranks)
             trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+            if step == 0 and settings.prefix_tree and settings.prefix_tree_check:
+                check_first_tree(policy, trajectories, loss, run)
             report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
             engine.load_weights(step + 1)
             metrics = run.step(step, groups, report, stats)
             progress.advance(reward=metrics["reward"], entropy=metrics["entropy"])
             if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < settings.steps:
                 run.evaluated(step + 1, policy, await evaluate(config, policy, engine, mixture, ranks, stop))
+
+
+def check_first_tree(policy: Policy, trajectories: Sequence[Trajectory], loss: GrpoLoss, run: Run) -> None:
+    """Try the prefix tree on the first batch against the trajectories one by one.
+
+    Raises:
+        ConfigError: they differ by more than rounding.
+    """
+    try:
+        check = check_first_batch(policy, trajectories, loss.micro_batch_tokens, temperature=loss.temperature)
+    except TreeMismatch as error:
+        raise ConfigError(f"--train.prefix_tree: {error}") from error
+    if check is not None:
+        run.console.print(
+            f"prefix tree checked against single trajectories: log-probs within {check.logprob_gap:.1g} nats, "
+            f"gradient within {check.gradient_gap:.1g} of its norm"
+        )
 
 
 def compare(groups: Sequence[Group], settings: TrainConfig, ranks: Ranks) -> torch.Tensor:

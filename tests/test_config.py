@@ -32,7 +32,8 @@ cold_start.steps cold_start.batch_size cold_start.learning_rate cold_start.warmu
 cold_start.slip_rate cold_start.slip_learning_rate cold_start.traces cold_start.cache
 train.steps train.prompts_per_step train.learning_rate train.betas train.weight_decay train.max_grad_norm train.kl_beta
 train.loss train.epsilon train.epsilon_high train.entropy_coef train.sampler_correction train.sampler_clip
-train.scale_rewards train.reward_order train.drop_no_signal train.micro_batch_tokens train.seed train.threads
+train.scale_rewards train.reward_order train.drop_no_signal train.prefix_tree train.prefix_tree_check
+train.micro_batch_tokens train.seed train.threads
 eval.prompts_per_task eval.samples eval.every
 run.dir run.overwrite
 """.split()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from arft_fast.kernels import policy_loss
-from arft_fast.policy.forward import collate, hidden_rows
+from arft_fast.policy.batch import collate
+from arft_fast.policy.forward import hidden_rows
 from arft_fast.policy.model import Policy
 from arft_fast.rollout.ledger import Ledger
 from arft_fast.trajectory import Ending, Prompt, Trajectory

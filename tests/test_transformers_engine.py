@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from arft_fast.policy.forward import collate
+from arft_fast.policy.batch import collate
+from arft_fast.policy.forward import score
 from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
-from arft_fast.policy.update import score
 from arft_fast.rollout.engine import Generation, Sampling
 from arft_fast.rollout.ledger import Ledger
 from arft_fast.rollout.sampling import sample

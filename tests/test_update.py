@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from arft_fast.policy.forward import collate, hidden_rows, rope_positions
+from arft_fast.policy.batch import collate, rope_positions
+from arft_fast.policy.forward import hidden_rows
+from arft_fast.policy.micro_batches import padded
 from arft_fast.policy.model import Policy
 from arft_fast.policy.parallel import Ranks
-from arft_fast.policy.update import GrpoLoss, Optimizer, grpo_update, micro_batches
+from arft_fast.policy.update import GrpoLoss, Optimizer, grpo_update
 from arft_fast.rollout.ledger import Ledger
 from arft_fast.trajectory import Ending, Prompt, Trajectory
 
@@ -91,7 +93,8 @@ def test_micro_batches_do_not_change_the_gradient(policy: Policy) -> None:
     advantages = torch.linspace(-1, 1, 6)
     whole = _gradient(policy, episodes, advantages, GrpoLoss(beta=0.04))
     parts = _gradient(policy, episodes, advantages, GrpoLoss(beta=0.04, micro_batch_tokens=40))
-    torch.testing.assert_close(whole, parts, atol=1e-12, rtol=1e-6)
+    # Products of other sizes round the last bit elsewhere, and transformers' norms and angles go through float32.
+    assert (whole - parts).norm() / whole.norm() < 1e-6
 
 
 def test_dropping_zero_advantage_sequences_leaves_the_gradient_as_it_is(policy: Policy) -> None:
@@ -177,7 +180,7 @@ def test_bfloat16_weights_learn_at_the_published_learning_rate() -> None:
 
 def test_micro_batches_hold_everything_once_within_the_budget(policy: Policy) -> None:
     episodes = [_episode(policy, seed) for seed in range(9)]
-    batches = list(micro_batches(episodes, 60))
+    batches = list(padded(episodes, 60))
     assert sorted(i for batch in batches for i in batch) == list(range(9))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(len(episodes[i].token_ids) for i in batch) <= 60

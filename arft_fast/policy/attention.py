@@ -1,4 +1,4 @@
-"""Grouped-query attention over a cache without copying keys and values for every query head.
+"""The language model's attention, registered with transformers: trees of shared prefixes, and a cache without copies.
 
 transformers' ``sdpa`` repeats each key/value head once for every query head that shares it as soon as a mask is given,
 so a decoding step copies the whole cache several times over. With few queries the group can be folded into the query
@@ -11,23 +11,38 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-NAME = "grouped_sdpa"
+from arft_fast.kernels.attention_tree import AttentionTree
+from arft_fast.kernels.prefix_attention import prefix_attention
+
+NAME = "arft_sdpa"  # transformers hands over to FlashAttention's packing wherever a name contains "flash"
 
 
-def grouped_sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree: AttentionTree | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """``sdpa`` of transformers; with a mask, query heads of a group share their keys and values in place.
+    """``sdpa`` of transformers; over a ``tree`` a row sees its ancestors, and grouped query heads share their keys.
 
     Args:
         query: [B, H, T, d]; key, value: [B, H / r, L, d]; attention_mask: [B, 1, T, L] or None.
+        tree: B is 1 and T = L are its rows; a mask is not looked at then.
 
     Returns:
         [B, T, H, d] and None, as transformers' attention functions do.
     """
+    if tree is not None:
+        scale = options.get("scaling")
+        return prefix_attention(query, key, value, tree, scale=scale).transpose(1, 2).contiguous(), None
     batch, heads, length, width = query.shape
     repeats = heads // key.shape[1]
     if attention_mask is None or repeats == 1:
@@ -41,4 +56,5 @@ def grouped_sdpa(
     return output.reshape(batch, heads, length, width).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, grouped_sdpa)
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # None for plain causal attention; a mask for a sliding window

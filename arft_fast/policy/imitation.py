@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from arft_fast.kernels import linear_logprob
-from arft_fast.policy.forward import collate, hidden_rows
+from arft_fast.policy.forward import hidden_rows
+from arft_fast.policy.micro_batches import micro_batches
 from arft_fast.policy.model import Policy
 from arft_fast.policy.parallel import Ranks
-from arft_fast.policy.update import Optimizer, StepReport, micro_batches
+from arft_fast.policy.update import Optimizer, StepReport
 from arft_fast.trajectory import Trajectory
 
 
@@ -21,6 +22,7 @@ def imitate(
     learning_rate: float,
     warmup_steps: int,
     micro_batch_tokens: int,
+    prefix_tree: bool = True,
     ranks: Ranks,
     on_step: Callable[[int, StepReport], None],
 ) -> None:
@@ -40,12 +42,11 @@ def imitate(
 
         def backward(mine: Sequence[Trajectory] = mine, tokens: float = tokens) -> float:
             total = 0.0
-            for picked in micro_batches(mine, micro_batch_tokens):
-                batch = collate(policy, [mine[i] for i in picked])
+            for _, batch in micro_batches(policy, mine, micro_batch_tokens, prefix_tree):
                 logprobs, _ = linear_logprob(
                     hidden_rows(policy, batch), policy.head.weight, batch.targets, bias=policy.logit_bias
                 )
-                loss = -logprobs.sum() / tokens
+                loss = -batch.per_token(logprobs).sum() / tokens
                 loss.backward()
                 total += float(loss.detach())
             return total

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from arft_fast.policy.attention import NAME as GROUPED_SDPA
+from arft_fast.policy.attention import NAME as TEXT_ATTENTION
 from arft_fast.policy.chat_template import ChatTemplate
 from arft_fast.policy.images import ImageEncoder
 
@@ -45,6 +45,12 @@ class Policy:
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear), "the policy has a linear head"
         return head
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The layers between embeddings and head."""
+        body = self.model.model
+        return getattr(body, "language_model", body)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -98,13 +104,14 @@ def load_policy(
     """Load a policy from a folder or a hub name.
 
     Args:
+        attention: transformers' implementation for the vision tower; the text layers have their own (``attention``).
         min_pixels: with ``max_pixels``, overrides the image processor's pixel budget; None keeps the model's own.
 
     Raises:
         PolicyLoadError: see ``check_source``; or its layers use sliding windows, which the engine's cache lacks.
     """
     check_source(str(source))
-    implementation = GROUPED_SDPA if attention == "sdpa" else attention
+    implementation = {"text_config": TEXT_ATTENTION, "vision_config": attention}
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=implementation)
     model = model.eval().to(device=device)  # dropout off: sampler and trainer must agree
     text_config = model.config.get_text_config()
@@ -114,6 +121,9 @@ def load_policy(
         model.model.visual.requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # What that also did, for reentrant checkpoints: make the patch embedding's output ask for a gradient, which
+        # would carry a backward pass through a vision tower that is frozen.
+        model.disable_input_require_grads()
     processor = Qwen2VLImageProcessorPil.from_pretrained(source)
     if min_pixels is not None and max_pixels is not None:
         processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}

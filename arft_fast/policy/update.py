@@ -6,16 +6,18 @@ Dimension letters: B trajectories, N sampled tokens, D hidden size, V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from arft_fast.kernels import linear_logprob, policy_loss
+from arft_fast.kernels import policy_loss
 from arft_fast.kernels.arguments import Correction
 from arft_fast.kernels.objective import FAMILY, Loss
-from arft_fast.policy.forward import Batch, collate, hidden_rows
+from arft_fast.policy.batch import Batch
+from arft_fast.policy.forward import hidden_rows, score
+from arft_fast.policy.micro_batches import micro_batches, share_evenly
 from arft_fast.policy.model import Policy
 from arft_fast.policy.parallel import Ranks
 from arft_fast.trajectory import Trajectory
@@ -100,18 +102,6 @@ class Optimizer:
             parameter.copy_(master)
 
 
-def micro_batches(trajectories: Sequence[Trajectory], budget: int) -> Iterator[list[int]]:
-    """Indices of ``trajectories`` in batches of up to ``budget`` padded tokens (at least one), by rising length."""
-    batch: list[int] = []
-    for i in sorted(range(len(trajectories)), key=lambda i: (len(trajectories[i].token_ids), i)):
-        if batch and (len(batch) + 1) * len(trajectories[i].token_ids) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 @dataclass(frozen=True, kw_only=True)
 class GrpoLoss:
     """Settings of the loss; see ``arft_fast.policy_loss``."""
@@ -128,6 +118,8 @@ class GrpoLoss:
     longest_completion: int = 1
     """Tokens; the denominator of ``dr_grpo`` has it as a factor."""
     micro_batch_tokens: int = 8192
+    prefix_tree: bool = True
+    """Compute what trajectories share once; see ``policy.prefix_tree``."""
     drop_no_signal: bool = True
     """Leave trajectories that cannot have a gradient out of the forward pass."""
 
@@ -158,56 +150,58 @@ def grpo_update(
     Returns:
         The step's report and the loss statistics, means over the sampled tokens of all ranks that went through the
         forward pass: ``entropy``, ``sampler_gap`` (mean absolute difference of the engine's and the trainer's
-        log-probs) and, with a reference, ``kl``.
+        log-probs) and, with a reference, ``kl``; with ``tree_ratio``, the trajectories' tokens for each token that was
+        computed (below 1: padding).
     """
     trains = [i for i, t in enumerate(trajectories) if not t.infra_failed and t.completion_length]
     sequences, tokens = ranks.sum(len(trains), sum(trajectories[i].completion_length for i in trains))
     # A zero advantage without KL or entropy term has a zero gradient: its forward is saved, the denominators stay.
     always = not settings.drop_no_signal or settings.beta > 0 or settings.entropy_coef > 0
-    live = [i for i in trains if always or float(advantages[i]) != 0.0]
-    sums = dict.fromkeys(("entropy", "kl", "sampler_gap", "tokens"), 0.0)
+    live = [(trajectories[i], float(advantages[i])) for i in trains if always or float(advantages[i]) != 0.0]
+    mine = share_evenly(policy, live, ranks, settings.prefix_tree)
+    sums = dict.fromkeys(("entropy", "kl", "sampler_gap", "tokens", "sequence_tokens", "computed_tokens"), 0.0)
 
     def backward() -> float:
         total = 0.0
-        for picked in micro_batches([trajectories[i] for i in live], settings.micro_batch_tokens):
-            chosen = [live[k] for k in picked]
+        episodes = [trajectory for trajectory, _ in mine]
+        for chosen, batch in micro_batches(policy, episodes, settings.micro_batch_tokens, settings.prefix_tree):
             total += _backward_micro_batch(
-                policy, reference, [trajectories[i] for i in chosen], advantages[chosen], settings,
+                policy, reference, [mine[i] for i in chosen], batch, settings,
                 denominator=settings.denominator(sequences, tokens), sums=sums,
             )  # fmt: skip
         return total
 
     report = optimizer.step(backward)
-    entropy, kl, gap, seen = ranks.sum(*sums.values())
+    entropy, kl, gap, seen, given, computed = ranks.sum(*sums.values())
     per_token = max(seen, 1.0)
-    measured = {"entropy": entropy / per_token, "sampler_gap": gap / per_token}
+    measured = {"entropy": entropy / per_token, "sampler_gap": gap / per_token, "tree_ratio": given / max(computed, 1)}
     return report, measured | ({"kl": kl / per_token} if settings.beta > 0 else {})
 
 
 def _backward_micro_batch(
     policy: Policy,
     reference: Policy | None,
-    trajectories: Sequence[Trajectory],
-    advantages: Tensor,
+    episodes: Sequence[tuple[Trajectory, float]],
+    batch: Batch,
     settings: GrpoLoss,
     *,
     denominator: float,
     sums: dict[str, float],
 ) -> float:
-    batch = collate(policy, trajectories)
     ref_logprobs = None
     if settings.beta > 0:
         assert reference is not None, "a KL term needs a reference policy"
         ref_logprobs = score(reference, batch, settings.temperature)
-    sampler = torch.cat([torch.from_numpy(t.logprobs[t.policy_mask]) for t in trajectories]).to(policy.device)
+    sampler = torch.cat([torch.from_numpy(t.logprobs[t.policy_mask]) for t, _ in episodes]).to(policy.device)
     loss, stats = policy_loss(
         hidden_rows(policy, batch),
         policy.head.weight,
         batch.targets,
-        advantages.to(policy.device, torch.float32),
+        torch.tensor([advantage for _, advantage in episodes], device=policy.device),
         cu_seqlens=batch.cu_seqlens,
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler,
+        row_index=batch.terms,
         bias=policy.logit_bias,
         loss=settings.loss,
         denominator=denominator,
@@ -224,14 +218,6 @@ def _backward_micro_batch(
     sums["tokens"] += float(stats["tokens"])
     for name in ("entropy", "kl", "sampler_gap"):
         sums[name] += float(stats[name] * stats["tokens"])
+    sums["sequence_tokens"] += sum(len(t.token_ids) for t, _ in episodes)
+    sums["computed_tokens"] += batch.input_ids.numel()
     return float(loss.detach())
-
-
-@torch.no_grad()
-def score(policy: Policy, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """[N] log-probs of the batch's sampled ids; nothing is kept for a backward pass."""
-    hidden = hidden_rows(policy, batch)
-    logprobs, _ = linear_logprob(
-        hidden, policy.head.weight, batch.targets, bias=policy.logit_bias, temperature=temperature
-    )
-    return logprobs

@@ -25,7 +25,7 @@ class Request:
     sampling: Sampling
     done: asyncio.Future[Generation]
     keys: np.ndarray
-    """[T] int64, see ``prefix_keys``."""
+    """[T] int64: what each token is, an image's placeholders by its content; see ``policy.prefix_tree.merge_keys``."""
     positions: Tensor
     """[3, T]"""
     started: float = field(default_factory=time.perf_counter)
@@ -44,24 +44,12 @@ class Slot:
 
     index: int
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """[length] what is cached, see ``prefix_keys``."""
+    """[length] what is cached, as in ``Request``."""
     hidden: Tensor | None = None
     """Last hidden state [D] of what is cached, until something is decoded behind it: a prompt's samples start here."""
     request: Request | None = None
     next_position: int = 0
     used: int = 0
-
-
-def prefix_keys(token_ids: np.ndarray, images: Sequence[EncodedImage], image_token_id: int) -> np.ndarray:
-    """[T] int64: what each token is, for comparing prefixes; a placeholder is its image's content and index."""
-    keys = token_ids.copy()
-    if images:
-        content = [
-            np.array([hash((image.key, k)) | (1 << 62) for k in range(image.tokens)], dtype=np.int64)
-            for image in images
-        ]
-        keys[token_ids == image_token_id] = np.concatenate(content)
-    return keys
 
 
 class Slots:

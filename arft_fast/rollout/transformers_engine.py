@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arft_fast.policy.forward import embed, image_features, rope_positions
+from arft_fast.policy.batch import rope_positions
 from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
+from arft_fast.policy.prefix_tree import merge_keys
+from arft_fast.policy.vision import embed, image_features
 from arft_fast.rollout.engine import Generation, Sampling
 from arft_fast.rollout.kv_cache import SlotCache
 from arft_fast.rollout.sampling import sample
-from arft_fast.rollout.slots import Request, Slot, Slots, prefix_keys
+from arft_fast.rollout.slots import Request, Slot, Slots
 
 _BUCKET = 16  # prefill lengths are padded to a multiple of this
 _PREFILL_TOKENS = 64  # short prefills share a forward pass of about this many tokens
@@ -54,6 +57,7 @@ class TransformersEngine:
         )  # fmt: skip
         self._slots = Slots(slots, self._cache)
         self._features: dict[str, Tensor] = {}
+        self._numbering: dict[str, int] = {}
         self._loop_task: asyncio.Task[None] | None = None
         self._version = 0
         self._text: dict[int, str] = {}
@@ -77,7 +81,7 @@ class TransformersEngine:
             images=images,
             sampling=sampling,
             done=asyncio.get_running_loop().create_future(),
-            keys=prefix_keys(ids, images, self._policy.chat.image_token_id),
+            keys=self._keys(ids, images),
             positions=rope_positions(self._policy.model, ids, images),
         )
         self._slots.wait(request)
@@ -85,11 +89,17 @@ class TransformersEngine:
             self._loop_task = asyncio.create_task(self._serve(), name="transformers engine")
         return await request.done
 
+    def _keys(self, ids: np.ndarray, images: Sequence[EncodedImage]) -> np.ndarray:
+        """What each token is, for comparing prefixes; a placeholder is its image's content and index."""
+        contents = [(image.key, image.tokens) for image in images]
+        return merge_keys(ids, contents, self._policy.chat.image_token_id, self._numbering)
+
     def load_weights(self, version: int) -> None:
         """The model is the policy itself: forget what older weights computed."""
         assert not self._slots.busy, "weights change only while nothing is generated"
         self._version = version
         self._features.clear()
+        self._numbering.clear()
         self._slots.forget()
 
     async def close(self) -> None:
@@ -166,8 +176,8 @@ class TransformersEngine:
             index[row] = slot.index
             features += self._new_features(request, known)
         visible = -(-int(columns.max() + 1) // _VISIBLE) * _VISIBLE
-        embeddings = embed(self._policy.model, ids.to(device), features)
-        hidden = self._forward(embeddings, positions.to(device), index.to(device), columns.to(device), visible)
+        inputs = embed(self._policy.model, ids.to(device), features)
+        hidden = self._forward(inputs, positions.to(device), index.to(device), columns.to(device), visible)
         for row, slot in enumerate(slots):
             assert slot.request is not None
             slot.hidden = hidden[row, len(slot.request.keys) - len(slot.keys) - 1]
@@ -182,16 +192,16 @@ class TransformersEngine:
             if image.key not in self._features:
                 self._features.update(image_features(self._policy.model, [image]))
             if skip < image.tokens:
-                features.append(self._features[image.key][skip:])
+                features.append(self._features[image.key][:, skip:])
             skip = max(0, skip - image.tokens)
         return features
 
     def _forward(
-        self, embeddings: Tensor, positions: Tensor, slots: Tensor | None, columns: Tensor, visible: int
+        self, inputs: Mapping[str, Any], positions: Tensor, slots: Tensor | None, columns: Tensor, visible: int
     ) -> Tensor:
         seen = torch.arange(visible, device=columns.device) <= columns[..., None]  # [B, T, L]
-        output = self._policy.model.model.language_model(
-            inputs_embeds=embeddings,
+        output = self._policy.language_model(
+            **inputs,
             position_ids=positions,
             attention_mask={"full_attention": seen[:, None]},
             past_key_values=self._cache.view(slots, columns, visible),
@@ -214,8 +224,8 @@ class TransformersEngine:
             ids[slot.index] = slot.request.sampled[-1]
             positions[:, slot.index] = slot.next_position
         visible = -(-int(columns.max() + 1) // _VISIBLE) * _VISIBLE
-        embeddings = embed(self._policy.model, ids.to(device), [])
-        hidden = self._forward(embeddings, positions.to(device), None, columns.to(device), visible)[:, 0]
+        inputs = embed(self._policy.model, ids.to(device), [])
+        hidden = self._forward(inputs, positions.to(device), None, columns.to(device), visible)[:, 0]
         for slot in running:
             assert slot.request is not None
             slot.keys = np.append(slot.keys, slot.request.sampled[-1])
