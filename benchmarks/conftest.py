@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", type=Path, metavar="FILE", help="write the benchmarks' named figures to FILE (JSON)")
     parser.addoption("--record", action="store_true", help="write tables, sweep and versions to RESULTS/<device>.json")
     parser.addoption("--results", type=Path, default=RESULTS, help="folder for --record (default: benchmarks/results)")
-    parser.addoption("--sweep", action="store_true", help="also vary N, V and the share of live sequences")
+    parser.addoption("--sweep", action="store_true", help="also vary N, V and the share of live sequences; long runs")
     parser.addoption("--device", help="cpu or cuda; default: cuda where there is one")
 
 
@@ -39,9 +39,9 @@ def _device(config: pytest.Config) -> torch.device:
     return torch.device(config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    """Where the benchmarks of the vocabulary head run."""
+    """Where the benchmarks run."""
     return _device(pytestconfig)
 
 

@@ -62,9 +62,18 @@ class Measurement:
 
 
 def measure(
-    calls: Mapping[str, Call], rounds: int, device: torch.device, before_each: Call, left_out: dict[str, str]
+    calls: Mapping[str, Call],
+    rounds: int,
+    device: torch.device,
+    before_each: Call,
+    left_out: dict[str, str],
+    *,
+    peaks: bool = True,
 ) -> dict[str, Measurement]:
-    """Every function has ``rounds`` turns; one that runs out of GPU memory goes to ``left_out``."""
+    """Every function has ``rounds`` turns; one that runs out of GPU memory goes to ``left_out``.
+
+    Without ``peaks`` a turn is the timed run only: for functions that take long and have run before.
+    """
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
     gc.collect()
     gc.freeze()  # the collection before each run then looks at what the runs left, not at every module
@@ -74,7 +83,7 @@ def measure(
                 continue
             try:
                 before_each()
-                peak = peak_bytes(call, device)
+                peak = peak_bytes(call, device) if peaks else None
                 before_each()
                 samples[name].append(Sample(seconds(call, device), peak))
             except torch.OutOfMemoryError:

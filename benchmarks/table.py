@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,15 +22,33 @@ PACKAGES = ("torch", "triton", "trl", "liger-kernel", "verl", "transformers")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One side. ``floor_ratio``: time over that of the bare products; ``error_ratio``: error over PyTorch's."""
+class Entry:
+    """One side."""
 
     side: str
     ms: float
     samples_ms: tuple[float, ...]
-    floor_ratio: float
     peak_mib: float | None
+
+    def cells(self) -> Mapping[str, str]:
+        """Its line of the table: heading -> value, the same headings for all of a table's entries."""
+        return {"ms": cell(self.ms, 2), "fastest": cell(min(self.samples_ms), 2)}
+
+
+@dataclass(frozen=True)
+class Row(Entry):
+    """``floor_ratio``: time over that of the bare products; ``error_ratio``: error over PyTorch's."""
+
+    floor_ratio: float
     error_ratio: float | None
+
+    def cells(self) -> Mapping[str, str]:
+        return {
+            **super().cells(),
+            "x floor": cell(self.floor_ratio, 2),
+            "peak MiB": cell(self.peak_mib, 0),
+            "x error": cell(self.error_ratio, 2),
+        }
 
 
 @dataclass
@@ -38,28 +56,30 @@ class Table:
     """One problem, all sides; ``left_out`` says why a side has no row."""
 
     title: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Entry] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> Iterable[str]:
-        width = max((len(row.side) for row in self.rows), default=0)
         yield self.title
-        yield f"  {'side':{width}}  {'ms':>9}  {'fastest':>9}  {'x floor':>7}  {'peak MiB':>8}  {'x error':>7}"
-        for row in self.rows:
-            cells = (f"{row.floor_ratio:7.2f}", _cell(row.peak_mib, 8, 0), _cell(row.error_ratio, 7, 2))
-            yield f"  {row.side:{width}}  {row.ms:9.2f}  {min(row.samples_ms):9.2f}  {'  '.join(cells)}"
+        lines = [{"side": row.side, **row.cells()} for row in self.rows]
+        headings = {heading: heading for line in lines for heading in line}
+        widths = {heading: max(len(line[heading]) for line in (headings, *lines)) for heading in headings}
+        for line in [headings, *lines] if lines else []:
+            cells = (f"{line[heading]:{'<' if heading == 'side' else '>'}{width}}" for heading, width in widths.items())
+            yield f"  {'  '.join(cells)}"
         for name, reason in self.left_out.items():
             yield f"  {name}: left out ({reason})"
 
 
-def _cell(value: float | None, width: int, digits: int) -> str:
-    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+def cell(value: float | None, digits: int) -> str:
+    """A number as it stands in a table, ``-`` for None."""
+    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def row(side: str, found: Measurement, floor: Measurement, error_ratio: float | None) -> Row:
     """A row of measurements."""
     peak = None if found is floor else found.peak_mib
-    return Row(side, found.ms, found.samples_ms, found.over(floor), peak, error_ratio)
+    return Row(side, found.ms, found.samples_ms, peak, found.over(floor), error_ratio)
 
 
 @dataclass(frozen=True)

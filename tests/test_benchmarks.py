@@ -129,6 +129,13 @@ def test_sides_take_turns_and_gradients_are_freed_before_each_run() -> None:
     assert all(len(measurement.samples) == 2 for measurement in found.values())
 
 
+def test_a_turn_without_peaks_is_one_run() -> None:
+    order: list[str] = []
+    found = measure({"a": lambda: order.append("a")}, 2, CPU, lambda: order.append("free"), {}, peaks=False)
+    assert order == ["free", "free", "a"] * 2
+    assert found["a"].peak_mib is None
+
+
 def test_ratios_compare_sides_within_a_round() -> None:
     slow_later = Measurement(tuple(Sample(seconds, None) for seconds in (1.0, 1.0, 9.0, 9.0)))
     twice = Measurement(tuple(Sample(2 * each.seconds, None) for each in slow_later.samples))
@@ -176,8 +183,19 @@ def test_the_figures_file_is_flat_json(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == {"nothing.ratio": 1.5}
 
 
+def test_the_columns_of_a_table_are_as_wide_as_what_stands_in_them() -> None:
+    rows: list[table.Entry] = [
+        table.Row("a", 12345.678, (12000.0,), None, 1.0, None),
+        table.Row("longer", 1.0, (1.0,), 7.0, 10.0, 1.0),
+    ]
+    title, head, first, second, reason = table.Table("title", rows, {"b": "why"}).lines()
+    assert (title, reason) == ("title", "  b: left out (why)")
+    assert len(head) == len(first) == len(second)
+    assert first.split() == ["a", "12,345.68", "12,000.00", "1.00", "-", "-"]
+
+
 def test_a_record_can_be_drawn(tmp_path: Path) -> None:
-    rows = [table.Row(OURS, 1.0, (0.9, 1.1), 1.05, None, 1.0)]
+    rows: list[table.Entry] = [table.Row(OURS, 1.0, (0.9, 1.1), None, 1.05, 1.0)]
     points = [table.Point(axis, 8, 4, 16, 0.5, OURS, 1.0, 2.0) for axis in "NVf"]
     path = table.write_record(tmp_path, CPU, ["benchmarks"], [table.Table("title", rows)], points, {"a.b": 1.0})
     record = json.loads(path.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import arft_fast.policy.micro_batches as micro_batches
+from arft_fast.policy.batch import Batch
 from arft_fast.policy.model import Policy
 from arft_fast.policy.parallel import Ranks
+from arft_fast.policy.prefix_tree import Path
 from arft_fast.policy.update import GrpoLoss, Optimizer, StepReport, grpo_update
 from arft_fast.trajectory import Ending, Trajectory
+from benchmarks.exact import no_float32
 from tests.tree_models import group, make_model, on_trees, picture
 
 GROUPS = [
@@ -40,16 +44,25 @@ def _weights(policy: Policy) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in policy.trainable_parameters()])
 
 
+@no_float32()
 def _rank(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     ranks = Ranks(rank=rank, world=2, device=torch.device("cpu"))
     # All the work is on rank 0: two large groups, and rank 1 has the small ones.
-    seen: list[int] = []
-    original = micro_batches.collate_tree
-    micro_batches.collate_tree = lambda policy, some, paths: (seen.append(len(some)), original(policy, some, paths))[1]
+    trained: list[Trajectory] = []
+    collate_tree = micro_batches.collate_tree
+
+    def keep(policy: Policy, some: Sequence[Trajectory], paths: Sequence[Path]) -> Batch:
+        trained.extend(some)
+        return collate_tree(policy, some, paths)
+
+    micro_batches.collate_tree = keep
     policy, report, stats = _update(GROUPS[:2] if rank == 0 else GROUPS[2:], ranks)
-    assert sum(seen) == (4 if rank == 0 else 12) or sum(seen) == (4 if rank == 1 else 12)  # a whole group moved
+    large = {t.prompt.uid for t in trained} & {"a", "b"}
+    assert len(large) == 1, "one of the large groups has moved, whole"
+    assert sum(t.prompt.uid in large for t in trained) == 4
+    assert ranks.sum(len(trained)) == [16.0]
     expected, alone, of_alone = _update(GROUPS, Ranks(rank=0, world=1, device=torch.device("cpu")))
     assert report.loss == pytest.approx(alone.loss, rel=1e-9)
     assert report.grad_norm == pytest.approx(alone.grad_norm, rel=1e-9)

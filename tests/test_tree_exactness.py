@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,8 +17,10 @@ from arft_fast.kernels.attention_tree import AttentionTree, Node
 from arft_fast.kernels.prefix_attention import prefix_attention
 from arft_fast.policy.batch import Batch, collate, collate_tree, tree_paths
 from arft_fast.policy.forward import hidden_rows, score
+from arft_fast.policy.micro_batches import micro_batches
 from arft_fast.policy.model import Policy
 from arft_fast.trajectory import Trajectory
+from benchmarks.exact import no_float32
 from tests.tree_models import group, make_model, on_trees, padded_logprobs, picture
 
 EPSILON, BETA = 0.2, 0.04
@@ -59,6 +61,12 @@ CASES |= {kind: (kind, VISION) for kind in ("qwen2_5_vl", "qwen3_vl")}
 CASES |= {f"crops, {kind}": (kind, VISION[:3]) for kind in ("qwen2_5_vl", "qwen3_vl")}
 LIMIT = 1e-13
 """Largest absolute difference of a gradient, vision parameters included."""
+
+
+@pytest.fixture(autouse=True)
+def _in_float64() -> Iterator[None]:
+    with no_float32():
+        yield
 
 
 @functools.cache
@@ -155,22 +163,20 @@ def test_gradient_checkpointing_changes_nothing(case: str) -> None:
     assert not any(module.training for module in policy.model.modules())
 
 
-@pytest.mark.parametrize("case", ["trie", "qwen2_5_vl"])
-def test_a_tree_cut_into_parts_gives_the_same_gradient(case: str) -> None:
+@pytest.mark.parametrize(("case", "budget"), [("trie", 60), ("forest", 90), ("qwen2_5_vl", 70)])
+def test_trees_cut_to_a_budget_give_the_same_gradient(case: str, budget: int) -> None:
     kind, trajectories = CASES[case]
     now, expected = _padded(case)
     advantages, old = _given(trajectories, now)
-    starts = [0]
-    for t in trajectories:
-        starts.append(starts[-1] + t.completion_length)
+    olds = old.split([t.completion_length for t in trajectories])
     policy = on_trees(_model(kind))
-    for part in ([0, 2, 5], [1], [3, 4], range(6, len(trajectories))):
-        some = [trajectories[i] for i in part]
-        if some:
-            _backward(
-                policy, _tree(policy, some), advantages[list(part)],
-                torch.cat([old[starts[i] : starts[i + 1]] for i in part]), scale=len(trajectories),
-            )  # fmt: skip
+    whole = _tree(policy, trajectories).input_ids.numel()
+    sizes = []
+    for chosen, batch in micro_batches(policy, trajectories, budget):
+        sizes.append(batch.input_ids.numel())
+        _backward(policy, batch, advantages[chosen], torch.cat([olds[i] for i in chosen]), scale=len(trajectories))
+    assert len(sizes) >= 3 and max(sizes) <= budget
+    assert sum(sizes) > whole, "ancestors are repeated"
     assert _difference(policy, expected) <= LIMIT
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from arft_fast.policy.batch import collate, collate_tree, tree_paths
 from arft_fast.policy.forward import hidden_rows
 from arft_fast.policy.model import Policy
+from benchmarks.exact import no_float32
 from tests.tree_models import group, make_model, on_trees, picture
 
 GROUPS = [
@@ -35,6 +36,7 @@ def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
     }
 
 
+@no_float32()
 def _rank(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

@@ -22,9 +22,6 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
-from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from arft_fast.policy.attention import NAME
 from arft_fast.policy.images import EncodedImage
@@ -52,33 +49,9 @@ _IDS = {
 }
 
 
-class _ExactNorm(nn.Module):
-    """RMSNorm in the dtype of its input: transformers' goes through float32, which hides differences below 1e-8."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.weight, self.epsilon = norm.weight, float(norm.variance_epsilon)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon))
-
-
-def _exact_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """``apply_rotary_pos_emb_vision`` of both families in the dtype of its input; transformers' takes float32."""
-    cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-
-
-def _exact(model: nn.Module) -> PreTrainedModel:
-    model = model.double()
-    for family in (modeling_qwen2_5_vl, modeling_qwen3_vl):
-        family.apply_rotary_pos_emb_vision = _exact_rotation
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
-                setattr(module, name, _ExactNorm(child))
+def _ready(model: nn.Module) -> PreTrainedModel:
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.double().parameters():
             if parameter.dim() == 1:  # biases and norms start at 0 and 1, where mistakes can hide
                 parameter.add_(0.1 * torch.randn_like(parameter))
     assert isinstance(model, PreTrainedModel)
@@ -86,18 +59,21 @@ def _exact(model: nn.Module) -> PreTrainedModel:
 
 
 def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """``qwen2`` (text), ``qwen2_5_vl`` or ``qwen3_vl``: float64, random, with stock ``sdpa`` attention."""
+    """``qwen2`` (text), ``qwen2_5_vl`` or ``qwen3_vl``: float64, random, with stock ``sdpa`` attention.
+
+    Their norms and angles round to float32 all the same: ``benchmarks.exact.no_float32`` stops that.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "qwen2":
-            return _exact(Qwen2ForCausalLM(Qwen2Config(**_TEXT)))
+            return _ready(Qwen2ForCausalLM(Qwen2Config(**_TEXT)))
         if kind == "qwen2_5_vl":
             text = _TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
             vision = {
                 "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48,
                 "fullatt_block_indexes": [1], "initializer_range": 0.1,
             }  # fmt: skip
-            return _exact(
+            return _ready(
                 Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_IDS))
             )
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
@@ -107,7 +83,7 @@ def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
             "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64, "initializer_range": 0.1,
             "patch_size": 14,
         }  # fmt: skip
-        return _exact(Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **_IDS)))
+        return _ready(Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **_IDS)))
 
 
 def on_trees(model: PreTrainedModel) -> Policy:
