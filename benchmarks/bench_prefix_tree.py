@@ -61,7 +61,7 @@ TURN = ToolTurn(sampled=100, observed=300, image=(280, 392))
 CASES = (
     Case(shape=shape("p600_r75", 600, 75, (336, 560)), rounds=5),
     Case(shape=shape("p1200_r150", 1200, 150, (560, 700)), rounds=5),
-    Case(shape=shape("p1500_r250", 1500, 250, (448, 896)), rounds=3),
+    Case(shape=shape("p1500_r250", 1500, 250, (448, 896)), rounds=2),
     Case(shape=shape("p128_r512", 128, 512, None), rounds=7, dense=False, helps=False),
     Case(shape=shape("p64_r512", 64, 512, None), rounds=7, dense=False, helps=False),
     Case(shape=shape("shared_turns", 1500, 150, (448, 896), replace(TURN, distinct=4), TURN), rounds=1, dense=False),
