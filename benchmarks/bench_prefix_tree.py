@@ -65,7 +65,7 @@ CASES = (
     Case(shape=shape("p128_r512", 128, 512, None), rounds=7, dense=False, helps=False),
     Case(shape=shape("p64_r512", 64, 512, None), rounds=7, dense=False, helps=False),
     Case(shape=shape("shared_turns", 1500, 150, (448, 896), replace(TURN, distinct=4), TURN), rounds=1, dense=False),
-    Case(shape=shape("turns", 1500, 150, (448, 896), TURN, TURN), rounds=1, dense=False, sweep=True),
+    Case(shape=shape("turns", 1500, 150, (448, 896), TURN, TURN), rounds=1, dense=False),
     Case(shape=shape("p4000_r300", 4000, 300, (1680, 1680)), rounds=1, dense=False, sweep=True),
 )
 EXACT = shape(
