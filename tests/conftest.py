@@ -60,6 +60,15 @@ def every_impl(request: pytest.FixtureRequest) -> str:
     return _or_skip(request.param)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Sums over rows run on more than one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mini]:
     path = tmp_path_factory.mktemp("index") / "mini.sqlite"

@@ -130,14 +130,6 @@ def test_no_rows_are_no_work() -> None:
     assert run(empty).gradient.shape == (0, 5)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_more_than_65536_rows(two_threads: None) -> None:
     case = make_case(65_537, 3, objective=CISPO)
     assert_close(run(as_float32(case)), truth(case), *FLOAT32)

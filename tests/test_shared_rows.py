@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -240,14 +239,6 @@ def test_no_tokens_give_a_zero_loss_connected_to_the_graph(rows: int, off_policy
     loss.backward()
     assert loss.item() == 0 and all(value.item() == 0 for value in statistics.values())
     assert not any(operand.grad is None or operand.grad.any() for operand in (hidden, weight))
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_sums_over_the_terms_of_a_row_have_the_same_bits_in_every_run(two_threads: None) -> None:

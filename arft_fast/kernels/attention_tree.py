@@ -65,18 +65,8 @@ class AttentionTree:
     @property
     def pairs(self) -> int:
         """(query, key) pairs that may look: each row's path length up to and including the row, summed."""
-
-        def make() -> int:
-            total, path = 0, list[Node]()
-            for node in self.nodes:
-                while path and path[-1].end <= node.start:
-                    path.pop()
-                own, above = node.stop - node.start, sum(ancestor.stop - ancestor.start for ancestor in path)
-                total += own * above + own * (own + 1) // 2
-                path.append(node)
-            return total
-
-        return self.derived("pairs", make)
+        # A row is looked at by itself and by what follows it up to the end of its node: the sum of end - row.
+        return sum((stop - start) * (2 * end - start - stop + 1) // 2 for start, stop, end in self.nodes)
 
     def mask(self, device: torch.device | str) -> Tensor:
         """[S, S] bool, made anew: ``mask[i, j]`` says that row i sees row j, ``(j <= i) & (i < end of j's node)``."""

@@ -85,8 +85,7 @@ class PrefixTree:
     @property
     def pairs(self) -> int:
         """(query, key) pairs of causal attention over the tree."""
-        # Row i is looked at by itself and by what follows from it, the rows up to the end of its node: sum of end - i.
-        return sum((stop - start) * (2 * end - start - stop + 1) // 2 for start, stop, end in self.nodes)
+        return self.attention().pairs
 
     @property
     def path_pairs(self) -> int:
