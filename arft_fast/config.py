@@ -111,8 +111,18 @@ class RolloutConfig(_Section):
 
     _name = "rollout"
 
-    engine: Literal["transformers"] = "transformers"
-    """What generates."""
+    engine: Literal["transformers", "sglang"] = "transformers"
+    """What generates: the embedded engine, or SGLang (extra "sglang")."""
+    urls: tuple[str, ...] = ()
+    """SGLang servers to use; none = an SGLang engine inside each rank."""
+    weight_transfer: Literal["tensor", "disk", "nccl"] = "tensor"
+    """How new weights reach servers: in the request, through a folder that both see, or over NCCL."""
+    weight_dir: Path | None = None
+    """Folder for --rollout.weight_transfer disk."""
+    engine_args: tuple[str, ...] = ()
+    """More of SGLang's ServerArgs for the engine inside each rank, each as NAME=VALUE, values in JSON or plain."""
+    memory_fraction: float = 0.5
+    """Share of a GPU's memory that SGLang may hold while it generates."""
     group_size: int = 8
     """Trajectories a prompt (G); their rewards are compared with each other."""
     temperature: float = 1.0
@@ -127,6 +137,12 @@ class RolloutConfig(_Section):
     """Tokens of a whole trajectory: prompt, image, turns and observations."""
     slots: int = 32
     """Sequences decoded together."""
+    groups_in_flight: int = 0
+    """Groups that are rolled out at the same time on a rank; 0 = all of a step."""
+    trajectory_timeout_s: float = 600.0
+    """Wall time of one trajectory; one that takes longer is masked, not scored."""
+    step_timeout_s: float = 3600.0
+    """Wall time of a step's rollouts; trajectories that are not done by then are masked, not scored."""
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -135,7 +151,21 @@ class RolloutConfig(_Section):
         if not 0 < self.top_p <= 1:
             self._refuse("top_p", "give a number above 0 and up to 1")
         self._at_least(0, "top_k")
+        self._at_least(0, "groups_in_flight")
         self._at_least(1, "max_turn_tokens", "slots")
+        self._positive("trajectory_timeout_s", "step_timeout_s")
+        if not 0 < self.memory_fraction < 1:
+            self._refuse("memory_fraction", "give a number between 0 and 1")
+        if self.urls and self.engine != "sglang":
+            self._refuse("urls", "give --rollout.engine sglang with them")
+        if (self.weight_transfer == "disk") != (self.weight_dir is not None):
+            self._refuse("weight_dir", "give it with --rollout.weight_transfer disk, and only then")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise BadValue("rollout.urls", f"holds {url!r} (give http://HOST:PORT)")
+        for argument in self.engine_args:
+            if not argument.partition("=")[0].isidentifier() or "=" not in argument:
+                raise BadValue("rollout.engine_args", f"holds {argument!r} (give NAME=VALUE)")
         if self.max_tokens <= self.max_turn_tokens:
             self._refuse("max_tokens", f"give more than --rollout.max_turn_tokens = {self.max_turn_tokens}")
 
@@ -253,13 +283,20 @@ class EvalConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(_Section):
     """Where the run is written."""
+
+    _name = "run"
 
     dir: Path | None = None
     """Folder of the run; None = runs/<recipe>-<time>."""
     overwrite: bool = False
     """Replace the run that the folder already holds."""
+    timeline_every: int = 10
+    """Steps between timelines (a trace for Perfetto and a picture) in the run's folder; 0 = none."""
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "timeline_every")
 
 
 @dataclass(frozen=True, kw_only=True)

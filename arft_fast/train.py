@@ -90,7 +90,7 @@ async def reinforce(
             if step == 0 and settings.prefix_tree and settings.prefix_tree_check:
                 check_first_tree(policy, trajectories, loss, run)
             report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
-            engine.load_weights(step + 1)
+            await engine.load_weights(step + 1)
             metrics = run.step(step, groups, report, stats)
             progress.advance(reward=metrics["reward"], entropy=metrics["entropy"])
             if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < settings.steps:

@@ -27,6 +27,7 @@ class Ending(StrEnum):
     MAX_TOKENS = "max_tokens"  # the next turn or observation would not fit into the token budget
     NO_ACTION = "no_action"  # a turn held no action that can be carried out
     INFRA_FAULT = "infra_fault"  # the world failed, not the model: masked from loss and baseline, never scored 0
+    DEADLINE = "deadline"  # the trajectory's or the step's wall time ran out: masked like an infra fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +85,13 @@ class Trajectory:
     """Tokens of this trajectory's requests that the engine had to compute before sampling."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward components by name."""
+    fault: str | None = None
+    """One line: what broke it, where ``infra_failed``."""
 
     @property
     def infra_failed(self) -> bool:
-        return self.ending is Ending.INFRA_FAULT
+        """The world broke it: masked from loss and baseline."""
+        return self.ending in (Ending.INFRA_FAULT, Ending.DEADLINE)
 
     @property
     def completion_length(self) -> int:

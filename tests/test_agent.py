@@ -38,7 +38,7 @@ class Script:
     said: int = 0
 
     async def generate(
-        self, token_ids: Sequence[int], images: Sequence[EncodedImage], sampling: Sampling
+        self, token_ids: Sequence[int], images: Sequence[EncodedImage], sampling: Sampling, *, group: str = ""
     ) -> Generation:
         ids = self.policy.tokenizer.encode(self.lines[self.said % len(self.lines)])[: sampling.max_tokens]
         self.said += 1
@@ -53,7 +53,9 @@ class Script:
             seconds=0.1,
         )
 
-    def load_weights(self, version: int) -> None: ...
+    async def sleep(self) -> None: ...
+
+    async def load_weights(self, version: int) -> None: ...
 
     async def close(self) -> None: ...
 

@@ -26,8 +26,9 @@ FLAGS = """
 policy.model policy.device policy.dtype policy.attention policy.max_pixels policy.min_pixels policy.freeze_vision
 policy.gradient_checkpointing
 task.name task.data task.max_turns task.top_k task.code_timeout_s task.code_memory_mib task.code_workers task.fidelity
-rollout.engine rollout.group_size rollout.temperature rollout.top_k rollout.top_p rollout.max_turn_tokens
-rollout.max_tokens rollout.slots
+rollout.engine rollout.urls rollout.weight_transfer rollout.weight_dir rollout.engine_args rollout.memory_fraction
+rollout.group_size rollout.temperature rollout.top_k rollout.top_p rollout.max_turn_tokens
+rollout.max_tokens rollout.slots rollout.groups_in_flight rollout.trajectory_timeout_s rollout.step_timeout_s
 cold_start.steps cold_start.batch_size cold_start.learning_rate cold_start.warmup_steps cold_start.slip_steps
 cold_start.slip_rate cold_start.slip_learning_rate cold_start.traces cold_start.cache
 train.steps train.prompts_per_step train.learning_rate train.betas train.weight_decay train.max_grad_norm train.kl_beta
@@ -35,7 +36,7 @@ train.loss train.epsilon train.epsilon_high train.entropy_coef train.sampler_cor
 train.scale_rewards train.reward_order train.drop_no_signal train.prefix_tree train.prefix_tree_check
 train.micro_batch_tokens train.seed train.threads
 eval.prompts_per_task eval.samples eval.every
-run.dir run.overwrite
+run.dir run.overwrite run.timeline_every
 """.split()
 
 

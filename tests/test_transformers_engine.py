@@ -108,7 +108,7 @@ def test_new_weights_leave_nothing_cached(policy: Policy) -> None:
 
     async def work(engine: TransformersEngine) -> list[Generation]:
         first = await engine.generate(ids, images, Sampling(max_tokens=4))
-        engine.load_weights(1)
+        await engine.load_weights(1)
         return [first, await engine.generate(ids, images, Sampling(max_tokens=4))]
 
     first, second = _with_engine(policy, work)
@@ -236,7 +236,7 @@ def test_a_cancelled_request_gives_up_its_slot(policy: Policy) -> None:
         endless.cancel()
         generation = await asyncio.wait_for(engine.generate(ids, images, Sampling(max_tokens=4)), 10)
         await asyncio.sleep(0.02)
-        engine.load_weights(1)  # refuses while anything is generated
+        await engine.load_weights(1)  # refuses while anything is generated
         return generation
 
     assert len(_with_engine(policy, work, slots=1).token_ids) == 4

@@ -24,6 +24,8 @@ class EncodedImage:
     """Placeholder ids it takes in the text: patches after the spatial merge."""
     key: str
     """SHA-256 of size and pixels: equal images share their features and their cache entries."""
+    image: Image | None = None
+    """What it was made of: an engine behind a network is sent this."""
 
 
 class ImageEncoder:
@@ -47,6 +49,7 @@ class ImageEncoder:
             grid_thw=(t, h, w),
             tokens=t * h * w // self.processor.merge_size**2,
             key=key,
+            image=image,
         )
         self._cache[key] = encoded
         if len(self._cache) > self._capacity:

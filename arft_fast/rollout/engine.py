@@ -9,6 +9,26 @@ from typing import Literal, Protocol
 from arft_fast.policy.images import EncodedImage
 
 
+class EngineError(RuntimeError):
+    """The engine cannot go on. The text names what failed and what to do; nothing is retried above the engine."""
+
+
+class EngineDied(EngineError):
+    """A process or a server of the engine is gone."""
+
+
+class PromptMismatch(EngineError):
+    """The engine computed other ids than it was sent: what it sampled belongs to another prompt."""
+
+
+class WeightUpdateError(EngineError):
+    """New weights did not arrive whole, or what older ones computed could not be dropped."""
+
+
+class EngineBusy(EngineError):
+    """Requests were still running when none may be; the text names them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How one turn is sampled."""
@@ -40,19 +60,47 @@ class Generation:
     """Tokens of the request that had to be computed."""
     weight_version: int
     seconds: float
+    """Wall time from the call to the result, ``queued_s`` included."""
+    queued_s: float = 0.0
+    """Wall time before anything was computed for the request, as far as the engine knows it."""
 
 
 class Engine(Protocol):
-    """Generates turns. Calls may overlap freely; each is one turn of one trajectory."""
+    """Generates turns. Calls may overlap freely; each is one turn of one trajectory.
+
+    A step goes: ``generate`` many times, ``sleep``, the update, ``load_weights``. Cancelling a call frees what it held.
+    """
 
     async def generate(
-        self, token_ids: Sequence[int], images: Sequence[EncodedImage], sampling: Sampling
+        self, token_ids: Sequence[int], images: Sequence[EncodedImage], sampling: Sampling, *, group: str = ""
     ) -> Generation:
-        """Continue ``token_ids`` (images expanded, one placeholder id per merged patch) by one turn."""
+        """Continue ``token_ids`` (images expanded, one placeholder id per merged patch) by one turn.
+
+        Args:
+            group: calls with the same name share a prompt: an engine lets the first one lead, so that the prompt is
+                computed once, and keeps all of them where its cache is.
+
+        Raises:
+            EngineError: see its subclasses.
+        """
         ...
 
-    def load_weights(self, version: int) -> None:
-        """Take the policy's current weights and forget everything that was computed with older ones."""
+    async def sleep(self) -> None:
+        """The update is next: give back the memory that it could use. Nothing may be running.
+
+        Raises:
+            EngineBusy: something is.
+        """
         ...
 
-    async def close(self) -> None: ...
+    async def load_weights(self, version: int) -> None:
+        """Wake, take the policy's current weights and forget everything that was computed with older ones.
+
+        Raises:
+            EngineError: see its subclasses.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release everything, what runs included. Processes that the engine did not start are left alone."""
+        ...

@@ -28,7 +28,7 @@ from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
 from arft_fast.policy.prefix_tree import merge_keys
 from arft_fast.policy.vision import embed, image_features
-from arft_fast.rollout.engine import Generation, Sampling
+from arft_fast.rollout.engine import EngineBusy, Generation, Sampling
 from arft_fast.rollout.kv_cache import SlotCache
 from arft_fast.rollout.sampling import sample
 from arft_fast.rollout.slots import Request, Slot, Slots
@@ -63,9 +63,9 @@ class TransformersEngine:
         self._text: dict[int, str] = {}
 
     async def generate(
-        self, token_ids: Sequence[int], images: Sequence[EncodedImage], sampling: Sampling
+        self, token_ids: Sequence[int], images: Sequence[EncodedImage], sampling: Sampling, *, group: str = ""
     ) -> Generation:
-        """Continue ``token_ids`` by one turn; see ``Engine``.
+        """Continue ``token_ids`` by one turn; see ``Engine``. Shared prefixes are found by content, not by ``group``.
 
         Raises:
             ValueError: the sequence and its turn do not fit into ``max_tokens``.
@@ -94,9 +94,14 @@ class TransformersEngine:
         contents = [(image.key, image.tokens) for image in images]
         return merge_keys(ids, contents, self._policy.chat.image_token_id, self._numbering)
 
-    def load_weights(self, version: int) -> None:
-        """The model is the policy itself: forget what older weights computed."""
-        assert not self._slots.busy, "weights change only while nothing is generated"
+    async def sleep(self) -> None:
+        """The model is the policy itself, and the cache is small: nothing to give back. See ``Engine``."""
+        if self._slots.busy:
+            raise EngineBusy(f"{len(self._slots.requests())} requests are still being generated; await them first")
+
+    async def load_weights(self, version: int) -> None:
+        """The model is the policy itself: forget what older weights computed. See ``Engine``."""
+        await self.sleep()
         self._version = version
         self._features.clear()
         self._numbering.clear()
