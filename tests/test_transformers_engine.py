@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from arft_fast.observe.timeline import Timeline
 from arft_fast.policy.batch import collate
 from arft_fast.policy.forward import score
 from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
-from arft_fast.rollout.engine import Generation, Sampling
+from arft_fast.rollout.engine import EngineBusy, Generation, Sampling
 from arft_fast.rollout.ledger import Ledger
 from arft_fast.rollout.sampling import sample
 from arft_fast.rollout.transformers_engine import TransformersEngine
@@ -240,3 +242,73 @@ def test_a_cancelled_request_gives_up_its_slot(policy: Policy) -> None:
         return generation
 
     assert len(_with_engine(policy, work, slots=1).token_ids) == 4
+
+
+def test_a_thread_of_its_own_changes_nothing_but_the_loop_stays_free(policy: Policy) -> None:
+    ids, images = _prompt(policy, "What is drawn?", 31)
+
+    async def run(threaded: bool) -> tuple[list[list[int]], int]:
+        engine = TransformersEngine(policy, slots=4, max_tokens=MAX_TOKENS, threaded=threaded)
+        passes = 0
+
+        async def count() -> None:
+            nonlocal passes
+            while True:
+                passes += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count())
+        try:
+            calls = [engine.generate(ids, images, Sampling(max_tokens=12, seed=k)) for k in range(6)]
+            generations = await asyncio.gather(*calls)
+            await engine.load_weights(1)
+            return [g.token_ids for g in generations], passes
+        finally:
+            counting.cancel()
+            await engine.close()
+
+    (inside, few), (beside, many) = asyncio.run(run(False)), asyncio.run(run(True))
+    assert inside == beside
+    assert many > 10 * few
+
+
+def test_closing_in_the_middle_of_a_threads_step_is_clean(policy: Policy) -> None:
+    async def run() -> None:
+        engine = TransformersEngine(policy, slots=2, max_tokens=MAX_TOKENS, threaded=True)
+        endless = asyncio.ensure_future(engine.generate([5] * 20, [], Sampling(max_tokens=100)))
+        await asyncio.sleep(0.03)
+        await asyncio.wait_for(engine.close(), 10)
+        with pytest.raises(asyncio.CancelledError):
+            await endless
+
+    asyncio.run(run())
+
+
+def test_the_timeline_holds_the_stretches_in_which_the_engine_computes(policy: Policy) -> None:
+    timeline = Timeline()
+
+    async def run() -> float:
+        engine = TransformersEngine(policy, slots=1, max_tokens=MAX_TOKENS, timeline=timeline)
+        await engine.generate([5] * 20, [], Sampling(max_tokens=5))
+        await asyncio.sleep(0.1)
+        first, second = (engine.generate([k] * 20, [], Sampling(max_tokens=20)) for k in (7, 8))
+        later = (await asyncio.gather(first, second))[1]
+        await engine.close()
+        return later.queued_s
+
+    queued = asyncio.run(run())
+    spans = timeline.take()
+    assert {(span.kind, span.track) for span in spans} == {("engine", "engine")}
+    assert max(b.start - a.end for a, b in itertools.pairwise(spans)) >= 0.1
+    assert 0 < queued < sum(span.seconds for span in spans)  # one slot: the second request waited for the first
+
+
+def test_new_weights_are_refused_while_something_is_generated(policy: Policy) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        running = asyncio.ensure_future(engine.generate([5] * 20, [], Sampling(max_tokens=20)))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineBusy, match="1 request"):
+            await engine.load_weights(1)
+        await running
+
+    _with_engine(policy, work)

@@ -1,8 +1,12 @@
-"""Sampling from logits, row by row: a row's result depends on its own logits, settings and random number only."""
+"""Sampling from logits, row by row: a row's result depends on its own logits, settings and random number only.
+
+And when a turn is over.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +39,24 @@ def sample(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
     ids = torch.searchsorted(cumulative, drawn, right=True).squeeze(-1)
     ids = torch.where(greedy, logits.argmax(dim=-1), ids.clamp_(max=logits.shape[-1] - 1))
     return ids, logprobs.gather(-1, ids[:, None]).squeeze(-1)
+
+
+class StopStrings:
+    """Finds stop strings in what is being sampled, at little cost a token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._text: dict[int, str] = {}
+
+    def closes(self, sampled: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether the text now ends in one of ``stop``, perhaps with more text behind it in the same token."""
+        last = sampled[-1]
+        if last not in self._text:
+            self._text[last] = self._tokenizer.decode([last])
+        if not any(string[-1] in self._text[last] for string in stop):
+            return False
+        tail = self._tokenizer.decode(sampled[-16:])
+        return any(string in tail for string in stop)
 
 
 def _truncate(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:

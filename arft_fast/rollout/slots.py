@@ -29,6 +29,8 @@ class Request:
     positions: Tensor
     """[3, T]"""
     started: float = field(default_factory=time.perf_counter)
+    admitted: float = 0.0
+    """When it got its slot."""
     cached: int = 0
     sampled: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -113,7 +115,7 @@ class Slots:
                 self._cache.copy_prefix(best.index, slot.index, length)
             slot.hidden = best.hidden if length == len(request.keys) else None
             slot.keys = request.keys[:length]
-            slot.request, request.cached = request, length
+            slot.request, request.cached, request.admitted = request, length, time.perf_counter()
             slot.next_position = int(request.positions[:, -1].max()) + 1
             self._clock += 1
             slot.used = self._clock

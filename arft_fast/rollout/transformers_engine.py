@@ -8,8 +8,9 @@ What a request samples does not depend on what else is running: its random strea
 a shape that only the request itself decides (decoding: all slots at once; prefill: a fixed number of rows for its
 padded length), so the arithmetic of a row is the same in any company.
 
-Forward passes run on the event loop's own thread, a step at a time: OpenMP keeps a team of workers for each thread that
-computes, and with a second team beside the trainer's a step took 1.7 times as long on two cores.
+On a CPU, forward passes run on the event loop's own thread, a step (milliseconds) at a time: OpenMP keeps a team of
+workers for each thread that computes, and with a second team beside the trainer's a step took 1.7 times as long on two
+cores. On a GPU they run in a thread of their own, and the loop stays free for the tools.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from arft_fast.observe.timeline import Timeline
 from arft_fast.policy.batch import rope_positions
 from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
@@ -30,22 +34,34 @@ from arft_fast.policy.prefix_tree import merge_keys
 from arft_fast.policy.vision import embed, image_features
 from arft_fast.rollout.engine import EngineBusy, Generation, Sampling
 from arft_fast.rollout.kv_cache import SlotCache
-from arft_fast.rollout.sampling import sample
+from arft_fast.rollout.sampling import StopStrings, sample
 from arft_fast.rollout.slots import Request, Slot, Slots
 
 _BUCKET = 16  # prefill lengths are padded to a multiple of this
 _PREFILL_TOKENS = 64  # short prefills share a forward pass of about this many tokens
 _LOOP_PASSES = 6  # of the event loop between two steps
 _VISIBLE = 128  # decoding attends to a multiple of this many columns
+_SAME_STRETCH_S = 1e-3  # a shorter pause between two steps is the loop's bookkeeping, not an idle engine
+_Finished = list[tuple[Slot, Request, str]]
 
 
 class TransformersEngine:
     """See the module's text. One event loop at a time; ``close`` before the loop ends."""
 
-    def __init__(self, policy: Policy, *, slots: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        slots: int,
+        max_tokens: int,
+        timeline: Timeline | None = None,
+        threaded: bool | None = None,
+    ) -> None:
         """Args:
         slots: sequences decoded together; further requests wait.
         max_tokens: longest sequence, prompt and all turns, that a request may hold.
+        timeline: takes a span for each stretch of computation.
+        threaded: compute in a thread of its own; None: on a GPU.
         """
         self._policy = policy
         self._max_tokens = max_tokens
@@ -60,7 +76,10 @@ class TransformersEngine:
         self._numbering: dict[str, int] = {}
         self._loop_task: asyncio.Task[None] | None = None
         self._version = 0
-        self._text: dict[int, str] = {}
+        self._stop = StopStrings(policy.tokenizer)
+        self._timeline = timeline or Timeline()
+        threaded = policy.device.type == "cuda" if threaded is None else threaded
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-engine") if threaded else None
 
     async def generate(
         self, token_ids: Sequence[int], images: Sequence[EncodedImage], sampling: Sampling, *, group: str = ""
@@ -96,12 +115,15 @@ class TransformersEngine:
 
     async def sleep(self) -> None:
         """The model is the policy itself, and the cache is small: nothing to give back. See ``Engine``."""
-        if self._slots.busy:
-            raise EngineBusy(f"{len(self._slots.requests())} requests are still being generated; await them first")
+        running = sum(not request.done.done() for request in self._slots.requests())
+        if running:
+            raise EngineBusy(f"{running} requests are still being generated; await or cancel them first")
 
     async def load_weights(self, version: int) -> None:
         """The model is the policy itself: forget what older weights computed. See ``Engine``."""
         await self.sleep()
+        if self._loop_task is not None:
+            await self._loop_task  # it may be computing for requests that were cancelled
         self._version = version
         self._features.clear()
         self._numbering.clear()
@@ -113,12 +135,20 @@ class TransformersEngine:
             await asyncio.gather(self._loop_task, return_exceptions=True)
         for request in self._slots.requests():
             request.done.cancel()
+        if self._thread is not None:
+            self._thread.shutdown()
 
     async def _serve(self) -> None:
         """Admit, compute, answer, until nothing is left to do."""
+        began = ended = time.perf_counter()
         try:
             while self._slots.busy:
-                finished = self._advance(self._slots.admit())
+                now = time.perf_counter()
+                if now - ended > _SAME_STRETCH_S:
+                    self._timeline.add("engine", "engine", began, ended)
+                    began = now
+                finished = await self._step(self._slots.admit())
+                ended = time.perf_counter()
                 for slot, request, finish in finished:
                     slot.request = None
                     if not request.done.done():  # its trajectory may have been cancelled
@@ -132,6 +162,18 @@ class TransformersEngine:
                 if not request.done.done():
                     request.done.set_exception(error)
             self._slots.forget()
+        finally:
+            self._timeline.add("engine", "engine", began, ended)
+
+    async def _step(self, admitted: list[Slot]) -> _Finished:
+        if self._thread is None:
+            return self._advance(admitted)
+        step = asyncio.get_running_loop().run_in_executor(self._thread, self._advance, admitted)
+        try:
+            return await asyncio.shield(step)
+        except asyncio.CancelledError:
+            await asyncio.wait([step])  # nobody may touch the model or the cache beside it
+            raise
 
     def _result(self, request: Request, finish: str) -> Generation:
         return Generation(
@@ -142,11 +184,16 @@ class TransformersEngine:
             prefilled_tokens=len(request.token_ids) - request.cached,
             weight_version=self._version,
             seconds=time.perf_counter() - request.started,
+            queued_s=request.admitted - request.started,
         )
 
     @torch.inference_mode()
-    def _advance(self, admitted: list[Slot]) -> list[tuple[Slot, Request, str]]:
+    def _advance(self, admitted: list[Slot]) -> _Finished:
         """Prefill what was admitted, then sample one token for every running request."""
+        with torch.cuda.device(self._policy.device) if self._policy.device.type == "cuda" else nullcontext():
+            return self._compute(admitted)
+
+    def _compute(self, admitted: list[Slot]) -> _Finished:
         by_length: dict[int, list[Slot]] = {}
         for slot in admitted:
             assert slot.request is not None
@@ -215,7 +262,7 @@ class TransformersEngine:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _decode(self, running: list[Slot]) -> list[tuple[Slot, Request, str]]:
+    def _decode(self, running: list[Slot]) -> _Finished:
         """One token for each of ``running``; all slots take part so that the shape never changes."""
         device = self._policy.device
         count = len(self._slots.all) + 1
@@ -238,7 +285,7 @@ class TransformersEngine:
             slot.hidden = None
         return self._sample(running, hidden[[slot.index for slot in running]])
 
-    def _sample(self, slots: list[Slot], hidden: Tensor) -> list[tuple[Slot, Request, str]]:
+    def _sample(self, slots: list[Slot], hidden: Tensor) -> _Finished:
         requests = [slot.request for slot in slots if slot.request is not None]
         index = [slot.index for slot in slots]
         rows = hidden.new_zeros(len(self._slots.all) + 1, hidden.shape[-1])  # again one shape in any company
@@ -249,18 +296,8 @@ class TransformersEngine:
         for slot, request, token, logprob in zip(slots, requests, ids.tolist(), logprobs.tolist(), strict=True):
             request.sampled.append(token)
             request.logprobs.append(logprob)
-            if token == self._policy.chat.end_of_turn_id or self._closes(request):
+            if token == self._policy.chat.end_of_turn_id or self._stop.closes(request.sampled, request.sampling.stop):
                 finished.append((slot, request, "stop"))
             elif len(request.sampled) >= request.sampling.max_tokens:
                 finished.append((slot, request, "length"))
         return finished
-
-    def _closes(self, request: Request) -> bool:
-        """Whether the text now ends in a stop string, perhaps with more text behind it in the same token."""
-        last = request.sampled[-1]
-        if last not in self._text:
-            self._text[last] = self._policy.tokenizer.decode([last])
-        if not any(stop[-1] in self._text[last] for stop in request.sampling.stop):
-            return False
-        tail = self._policy.tokenizer.decode(request.sampled[-16:])
-        return any(stop in tail for stop in request.sampling.stop)
