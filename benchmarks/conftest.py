@@ -31,6 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", help="cpu or cuda; default: cuda where there is one")
 
 
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """No worker processes: what is timed has the machine for itself."""
+    return 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES], config.stash[TABLES], config.stash[POINTS] = {}, [], []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small tensors, a core for each process: threads would only wait
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,21 @@ from arft_fast.tools.sandbox import Sandbox
 from arft_fast.tools.search_index import SearchIndex, build_index
 
 torch.set_num_threads(1)
+
+LONG_FILES = ("test_train.py", "test_readme.py", "test_triton_compile.py")
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Worker processes for the whole suite; none for a choice of files, or where tests share a GPU or an engine."""
+    chosen, default = ([Path(name) for name in names] for names in (config.args, config.getini("testpaths")))
+    whole = chosen == default and "not gpu" in config.option.markexpr
+    return None if whole else 0  # None: pytest-xdist counts the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long go first: none is left to one worker at the end, while the others wait."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @dataclass(frozen=True)

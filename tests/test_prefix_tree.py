@@ -261,10 +261,8 @@ def _groups(groups: int, samples: int = 8) -> list[Path]:
 
 def test_a_hundred_thousand_tokens_take_less_than_half_a_second() -> None:
     paths = _groups(8)
-    seconds = []
-    for _ in range(3):  # the best of three: others may be using this core
-        start = time.perf_counter()
-        tree = build_tree(paths)
-        seconds.append(time.perf_counter() - start)
+    start = time.thread_time()
+    tree = build_tree(paths)
+    seconds = time.thread_time() - start
     assert tree.path_tokens == 99_840 and tree.tokens == 8 * (1000 + 2 * 60 + 4 * 60 + 8 * 440)
-    assert min(seconds) < 0.5
+    assert seconds < 0.5

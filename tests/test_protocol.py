@@ -132,17 +132,17 @@ def test_whitespace_around_a_turn_is_well_formed() -> None:
 )
 def test_a_megabyte_of_tags_is_read_in_linear_time(unit: str) -> None:
     text = unit * (MEGABYTE // len(unit))
-    begin = time.perf_counter()
+    begin = time.thread_time()
     parse_turn(text)
-    assert time.perf_counter() - begin < 0.2
+    assert time.thread_time() - begin < 0.2
 
 
 @pytest.mark.parametrize("unit", ["'", "''", "',", "'a',", "{", "{'a'}", " ", "'a' "])
 def test_a_megabyte_of_labels_is_read_in_linear_time(unit: str) -> None:
     body = "{" + unit * (MEGABYTE // len(unit)) + "}"
-    begin = time.perf_counter()
+    begin = time.thread_time()
     parse_labels(body)
-    assert time.perf_counter() - begin < 0.2
+    assert time.thread_time() - begin < 0.2
 
 
 @given(st.lists(st.text(min_size=1).filter(lambda name: "'" not in name), min_size=1))

@@ -148,8 +148,8 @@ def test_a_megabyte_inside_of_a_turn_is_judged_in_linear_time(unit: str, kind: s
         f"<think>{filling}</think>{filling}<{kind}>{{'a'}}</{kind}>",
         f"<think></think><{kind}>{{{filling}</{kind}>",
     ]
-    begin = time.perf_counter()
+    begin = time.thread_time()
     for turn in turns:
         for fidelity in ("faithful", "corrected"):
             coding_format(turn, SOLUTIONS[kind], fidelity=fidelity)
-    assert time.perf_counter() - begin < 0.8
+    assert time.thread_time() - begin < 0.8

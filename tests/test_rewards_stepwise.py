@@ -191,9 +191,9 @@ def test_hostile_code_does_not_compile_and_harms_nobody(source: str) -> None:
 
 @pytest.mark.parametrize("source", ["9**9**9", "'x' * 10**9", "1 << 10**9", "'%999999999d' % 1", "(0,) * 10**9"])
 def test_constants_are_not_computed_while_compiling(source: str) -> None:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert compiles(source)
-    assert time.perf_counter() - begin < 0.2
+    assert time.thread_time() - begin < 0.2
 
 
 def test_code_with_a_warning_compiles_in_silence(recwarn: pytest.WarningsRecorder) -> None:
@@ -207,6 +207,6 @@ def test_code_with_a_warning_compiles_in_silence(recwarn: pytest.WarningsRecorde
 )
 def test_a_megabyte_of_tags_is_scored_in_linear_time(unit: str, fidelity: Fidelity) -> None:
     completion = unit * (1_000_000 // len(unit))
-    begin = time.perf_counter()
+    begin = time.thread_time()
     coding_step_rewards(completion, "<problem>{'dark'}</problem>", fidelity=fidelity)
-    assert time.perf_counter() - begin < 0.8
+    assert time.thread_time() - begin < 0.8

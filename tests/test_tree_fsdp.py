@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -37,9 +37,9 @@ def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 @no_float32()
-def _rank(rank: int, port: int) -> None:
+def _rank(rank: int, store: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     policy = _policy()
     for layer in policy.language_model.layers:  # type: ignore[union-attr]
         fully_shard(layer)
@@ -62,8 +62,5 @@ def _rank(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def test_sharded_layers_with_checkpointing_give_the_padded_batchs_gradient() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port,), nprocs=2)
+def test_sharded_layers_with_checkpointing_give_the_padded_batchs_gradient(tmp_path: Path) -> None:
+    mp.spawn(_rank, args=(tmp_path / "store",), nprocs=2)
