@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL.Image import Image
 
+from arft_fast.observe.timeline import Timeline
 from arft_fast.policy.images import EncodedImage
 from arft_fast.policy.model import Policy
 from arft_fast.protocol import STOP_TAGS, Action, parse_turn
 from arft_fast.rollout.engine import Engine, Generation, Sampling
+from arft_fast.rollout.episode import Episode
 from arft_fast.rollout.ledger import Ledger
 from arft_fast.tasks.task import Task
-from arft_fast.tools.executor import call_tool
+from arft_fast.tools.executor import ToolExecutor
 from arft_fast.tools.tool import InfraFault, ToolResult
 from arft_fast.trajectory import Ending, Prompt, Trajectory, Turn
 
@@ -27,7 +30,11 @@ class Limits:
     max_turn_tokens: int
     max_tokens: int
     """Prompt, turns and observations together, images expanded."""
+    trajectory_timeout_s: float = 600.0
+    """Wall time of the whole episode, waiting for the engine included."""
     tool_deadline_s: float = 60.0
+    """Of one try of a tool call. This and ``tool_attempts`` are for an agent that makes its own ``ToolExecutor``."""
+    tool_attempts: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,66 +49,85 @@ class SamplingSettings:
 class Agent:
     """Plays episodes of one task with one engine."""
 
-    def __init__(self, policy: Policy, engine: Engine, task: Task, limits: Limits, sampling: SamplingSettings) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        engine: Engine,
+        task: Task,
+        limits: Limits,
+        sampling: SamplingSettings,
+        *,
+        tools: ToolExecutor | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        """Args:
+        tools: carries out tool calls; identical ones are shared among all agents that use it. None makes a private one.
+        timeline: takes ``queue`` and ``generate`` spans; None records nothing.
+        """
         self._policy, self._engine, self._task = policy, engine, task
-        self._limits, self._sampling = limits, sampling
+        self._limits, self._sampling, self._timeline = limits, sampling, timeline
+        self._tools = tools or ToolExecutor(
+            attempts=limits.tool_attempts, deadline_s=limits.tool_deadline_s, timeline=timeline
+        )
 
-    async def play(self, prompt: Prompt, sample: int, seed: Sequence[int]) -> Trajectory:
-        """One episode.
+    async def prepare(self, prompt: Prompt) -> None:
+        """Encode the prompt's images, so that its episodes do not wait for them."""
+        await self._policy.images.prepare(prompt.images)
+
+    async def play(
+        self, prompt: Prompt, sample: int, seed: Sequence[int], *, ends_at: float | None = None
+    ) -> Trajectory:
+        """One episode. A tool that stays broken and a deadline are endings, with all that was written until then.
 
         Args:
-            seed: entropy of the trajectory's own random stream, e.g. (run seed, step, prompt, sample).
+            seed: entropy of the trajectory's own random stream, e.g. (run seed, step, prompt, sample). All but the last
+                number is common to the samples of a prompt, and with the prompt's uid names their group to the engine.
+            ends_at: the event loop's time at which the step is over; None leaves the trajectory's own deadline alone.
 
         Raises:
             ValueError: the prompt itself leaves no room for a turn.
+            EngineError: the engine cannot go on.
         """
-        ledger = open_ledger(self._policy, prompt, self._limits.max_tokens)
-        turns: list[Turn] = []
-        generations: list[Generation] = []
-        ending = Ending.MAX_TURNS
-        image = prompt.images[-1] if prompt.images else None
-        turn_seeds = np.random.SeedSequence(list(seed)).generate_state(self._limits.max_turns)
-        for turn_seed in turn_seeds:
-            generation = await self._generate(ledger, int(turn_seed))
-            generations.append(generation)
-            ledger.add_sampled(generation.token_ids, generation.logprobs)
-            text = self._policy.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
-            turns.append(Turn(role="assistant", text=text, seconds=generation.seconds))
-            action = parse_turn(text)
-            if (ended := self._ended(action, generation)) is not None:
-                ending = ended
-                break
-            if len(generations) == self._limits.max_turns:
-                break  # nobody would read another observation
-            try:
-                observation = await self._act(action, image)
-            except InfraFault:
-                ending = Ending.INFRA_FAULT
-                break
-            turns.append(observation)
-            closed = generation.token_ids[-1] == self._policy.chat.end_of_turn_id
-            ids, images = self._policy.chat.observation(observation.text, observation.images, turn_is_closed=closed)
-            if len(ids) >= ledger.room or not ledger.add_context(ids, images):
-                ending = Ending.MAX_TOKENS
-                break
-            if observation.images:
-                image = observation.images[-1]
-        token_ids, policy_mask, logprobs = ledger.arrays()
-        return Trajectory(
+        episode = Episode(
             prompt=prompt,
             sample=sample,
-            token_ids=token_ids,
-            policy_mask=policy_mask,
-            logprobs=logprobs,
-            images=ledger.images,
-            turns=turns,
-            ending=ending,
-            weight_version=generations[0].weight_version,
-            cached_tokens=sum(g.cached_tokens for g in generations),
-            prefilled_tokens=sum(g.prefilled_tokens for g in generations),
+            ledger=Ledger(image_token_id=self._policy.chat.image_token_id, max_tokens=self._limits.max_tokens),
+            image=prompt.images[-1] if prompt.images else None,
         )
+        own_end = asyncio.get_running_loop().time() + self._limits.trajectory_timeout_s
+        end = own_end if ends_at is None else min(own_end, ends_at)
+        try:
+            async with asyncio.timeout_at(end) as deadline:
+                await asyncio.sleep(0)  # where the step is over already, it ends here
+                return episode.trajectory(await self._run(episode, seed))
+        except InfraFault as fault:
+            return episode.trajectory(Ending.INFRA_FAULT, str(fault))
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            whose = "trajectory" if end == own_end else "step"
+            return episode.trajectory(Ending.DEADLINE, f"{whose} deadline passed, waiting for {episode.waits_for}")
 
-    async def _generate(self, ledger: Ledger, seed: int) -> Generation:
+    async def _run(self, episode: Episode, seed: Sequence[int]) -> Ending:
+        episode.waits_for = "the prompt's images"
+        await self.prepare(episode.prompt)
+        episode.ledger = open_ledger(self._policy, episode.prompt, self._limits.max_tokens)
+        group = f"{episode.prompt.uid}@{'.'.join(map(str, seed[:-1]))}"
+        for turn_seed in np.random.SeedSequence(list(seed)).generate_state(self._limits.max_turns):
+            generation = await self._generate(episode, int(turn_seed), group)
+            text = self._policy.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+            episode.add_generation(generation, text)
+            action = parse_turn(text)
+            if (ending := self._ended(action, generation)) is not None:
+                return ending
+            if len(episode.generations) == self._limits.max_turns:
+                break  # nobody would read another observation
+            if not await self._observe(episode, await self._act(episode, action)):
+                return Ending.MAX_TOKENS
+        return Ending.MAX_TURNS
+
+    async def _generate(self, episode: Episode, seed: int, group: str) -> Generation:
+        ledger = episode.ledger
         settings = Sampling(
             max_tokens=min(self._limits.max_turn_tokens, ledger.room),
             temperature=self._sampling.temperature,
@@ -110,7 +136,24 @@ class Agent:
             stop=STOP_TAGS,
             seed=seed,
         )
-        return await self._engine.generate(ledger.token_ids, ledger.images, settings)
+        episode.waits_for = "the engine"
+        start, queued_s = time.perf_counter(), 0.0
+        try:
+            generation = await self._engine.generate(ledger.token_ids, ledger.images, settings, group=group)
+            queued_s = generation.queued_s
+            return generation
+        finally:
+            self._record(episode.track, start, queued_s)
+
+    def _record(self, track: str, start: float, queued_s: float) -> None:
+        """A turn's spans up to now; one that did not end counts as generating."""
+        if self._timeline is None:
+            return
+        end = time.perf_counter()
+        computed = min(start + queued_s, end)
+        if computed > start:
+            self._timeline.add("queue", track, start, computed)
+        self._timeline.add("generate", track, computed, end)
 
     def _ended(self, action: Action, generation: Generation) -> Ending | None:
         if self._task.stepwise:
@@ -121,12 +164,13 @@ class Agent:
             return Ending.MAX_TOKENS if generation.finish == "length" else Ending.NO_ACTION
         return None
 
-    async def _act(self, action: Action, image: Image | None) -> Turn:
+    async def _act(self, episode: Episode, action: Action) -> Turn:
         assert action.kind is not None, "an episode without an action has ended"
         tool = self._task.tools.get(action.kind)
         result: ToolResult | None = None
         if tool is not None:
-            result = await call_tool(tool, action.body, image, deadline_s=self._limits.tool_deadline_s)
+            episode.waits_for = f"tool {tool.name!r}"
+            result = await self._tools.call(tool, action.body, episode.image, track=episode.track)
         return Turn(
             role="observation",
             text=self._task.observe(action, result),
@@ -135,6 +179,19 @@ class Agent:
             failed=bool(result and result.error),
             seconds=result.seconds if result else 0.0,
         )
+
+    async def _observe(self, episode: Episode, observation: Turn) -> bool:
+        """Show it to the policy. False where it does not fit: then no token and no image of it is."""
+        episode.turns.append(observation)
+        episode.waits_for = "an observation's images"
+        await self._policy.images.prepare(observation.images)
+        closed = episode.generations[-1].token_ids[-1:] == [self._policy.chat.end_of_turn_id]
+        ids, images = self._policy.chat.observation(observation.text, observation.images, turn_is_closed=closed)
+        if len(ids) >= episode.ledger.room or not episode.ledger.add_context(ids, images):
+            return False
+        if observation.images:
+            episode.image = observation.images[-1]
+        return True
 
 
 def open_ledger(policy: Policy, prompt: Prompt, max_tokens: int) -> Ledger:
