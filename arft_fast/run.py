@@ -9,9 +9,12 @@ from typing import Any
 
 from arft_fast.config import Config
 from arft_fast.observe.console import Console
-from arft_fast.observe.metrics import group_metrics
+from arft_fast.observe.gpu import GpuMeter
+from arft_fast.observe.metrics import group_metrics, over_ranks
+from arft_fast.observe.overlap import overlap_metrics
 from arft_fast.observe.report import reward_png, summary_table
 from arft_fast.observe.run_folder import RunFolder, run_path
+from arft_fast.observe.timeline import Timeline
 from arft_fast.policy.checkpoint import replace_checkpoint
 from arft_fast.policy.model import Policy
 from arft_fast.policy.parallel import Ranks
@@ -22,6 +25,9 @@ from arft_fast.trajectory import Group, Trajectory
 
 Evaluations = Mapping[str, Evaluation]
 """By way of sampling: ``sampled``, ``greedy``."""
+
+_FAULTS_SHOWN = 20
+_FAULT_CHARACTERS = 300
 
 
 def open_run(config: Config, ranks: Ranks) -> Run:
@@ -48,6 +54,11 @@ class Run:
     def __init__(self, config: Config, folder: RunFolder, console: Console, ranks: Ranks) -> None:
         self.folder, self.console = folder, console
         self._config, self._ranks = config, ranks
+        self.timeline = Timeline()
+        self._gpu = GpuMeter.open(ranks.device.index or 0) if ranks.device.type == "cuda" else None
+        if self._gpu is not None:
+            self._gpu.start()
+        self._faults: set[str] = set()
         self._started = self._step_started = time.perf_counter()
         self._rewards: list[float] = []
         self._tokens = 0.0
@@ -58,7 +69,14 @@ class Run:
         return self.folder.path / "checkpoint"
 
     def step(self, step: int, groups: Sequence[Group], report: StepReport, stats: dict[str, float]) -> dict[str, float]:
-        """Write one step down; returns its metrics (the same on every rank)."""
+        """Write one step down, with what ``timeline`` has recorded since the last one; returns its metrics.
+
+        They are the same on every rank. Figures under ``timeline/`` and ``gpu/``, and ``step_time``, depend on the
+        machine; all others repeat with the run's settings.
+        """
+        spans = self.timeline.take()
+        own = overlap_metrics(spans) | (self._gpu.take() if self._gpu is not None else {})
+        measured = over_ranks(self._ranks.gather([own]))
         self.trajectories("train", step, groups)
         everywhere = self._ranks.gather([group.without_images() for group in groups])
         metrics = group_metrics(everywhere, DEFAULT_WEIGHTS)
@@ -71,6 +89,7 @@ class Run:
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
             "skipped": float(report.skipped),
+            **measured,
             "step_time": now - self._step_started,
         }
         self._step_started = now
@@ -78,7 +97,23 @@ class Run:
         self.folder.log_metrics(step, metrics)
         if report.skipped:
             self.console.print(f"step {step}: loss {report.loss} or gradient not finite; the update was skipped")
+        self._show_faults(step, everywhere)
+        if (every := self._config.run.timeline_every) and step % every == 0:
+            whose = f", rank 0 of {self._ranks.world}" if self._ranks.world > 1 else ""
+            figures = {name: value for name, value in metrics.items() if name.startswith("timeline/")}
+            self.folder.write_timeline(step, spans, f"step {step}{whose}", figures | own)
         return metrics
+
+    def _show_faults(self, step: int, groups: Sequence[Group]) -> None:
+        """Print each cause that broke a trajectory, the first time it does."""
+        for trajectory in (t for group in groups for t in group.trajectories):
+            fault = " ".join((trajectory.fault or "").split())[:_FAULT_CHARACTERS]
+            if not fault or fault in self._faults or len(self._faults) == _FAULTS_SHOWN:
+                continue
+            self._faults.add(fault)
+            self.console.print(f"step {step}: {trajectory.ending.value}: {fault}")
+            if len(self._faults) == _FAULTS_SHOWN:
+                self.console.print("further causes are in trajectories.jsonl only")
 
     def trajectories(self, phase: str, step: int, groups: Sequence[Group]) -> None:
         """Write this rank's trajectories down, images as files."""
@@ -92,12 +127,18 @@ class Run:
         for way, evaluation in evaluations.items():
             for task, figures in evaluation.tasks.items():
                 self.folder.log_metrics(step, {f"eval/{way}/{task}/{name}": value for name, value in figures.items()})
-        if not evaluations:
-            return
-        reward = evaluations["sampled"].reward
-        if self._best is None or reward > self._best:
-            self._best = reward
-            self.save(policy, "checkpoint-best")
+        if evaluations:
+            reward = evaluations["sampled"].reward
+            if self._best is None or reward > self._best:
+                self._best = reward
+                self.save(policy, "checkpoint-best")
+        self._forget_what_was_measured()
+
+    def _forget_what_was_measured(self) -> None:
+        """What happens between steps is no part of a step's figures."""
+        self.timeline.take()
+        if self._gpu is not None:
+            self._gpu.take()
         self._step_started = time.perf_counter()
 
     def save(self, policy: Policy, name: str = "checkpoint") -> None:
@@ -108,6 +149,8 @@ class Run:
 
     def finish(self, before: Evaluations | None, after: Evaluations | None, *, stopped: bool) -> None:
         """Write ``summary.json`` and ``reward.png``, and show what training changed."""
+        if self._gpu is not None:
+            self._gpu.stop()
         first, last = self._rewards[:10], self._rewards[-10:]
         summary: dict[str, Any] = {
             "steps": len(self._rewards),
@@ -158,9 +201,12 @@ def _record(phase: str, step: int, trajectory: Trajectory) -> dict[str, Any]:
             for turn in trajectory.turns
         ],
         "ending": trajectory.ending.value,
+        "fault": trajectory.fault,
         "rewards": trajectory.rewards,
         "reward": trajectory.total_reward(DEFAULT_WEIGHTS),
         "completion_length": trajectory.completion_length,
         "tokens": len(trajectory.token_ids),
+        "cached_tokens": trajectory.cached_tokens,
+        "prefilled_tokens": trajectory.prefilled_tokens,
         "weight_version": trajectory.weight_version,
     }

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from arft_fast.observe.metrics import group_metrics
+from arft_fast.observe.metrics import group_metrics, over_ranks
 from arft_fast.trajectory import Ending, Group, Prompt, Trajectory, Turn
 
 PROMPT = Prompt(uid="p", task="t", messages=[])
@@ -19,6 +19,9 @@ def _trajectory(
     other_tokens: int = 2,
     ending: Ending = Ending.ANSWER,
     turns: tuple[Turn, ...] = (),
+    cached_tokens: int = 0,
+    prefilled_tokens: int = 0,
+    fault: str | None = None,
 ) -> Trajectory:
     length = policy_tokens + other_tokens
     return Trajectory(
@@ -31,6 +34,9 @@ def _trajectory(
         turns=turns,
         ending=ending,
         rewards=rewards,
+        cached_tokens=cached_tokens,
+        prefilled_tokens=prefilled_tokens,
+        fault=fault,
     )
 
 
@@ -97,6 +103,39 @@ def test_what_the_world_broke_is_counted_and_left_out() -> None:
     assert metrics == whole
 
 
+def test_deadlines_and_different_causes_are_counted_among_what_the_world_broke() -> None:
+    late = [_trajectory({}, ending=Ending.DEADLINE, fault="waited for the engine") for _ in range(3)]
+    broken = _trajectory({}, ending=Ending.INFRA_FAULT, fault="tool 'search' failed")
+    metrics = group_metrics([_group(*late, broken, _trajectory({}))], WEIGHTS)
+    assert [metrics[f"rollout/{name}"] for name in ("infra_failed", "deadline", "faults")] == [4.0, 3.0, 2.0]
+
+
+def test_a_prompt_that_its_group_shares_is_prefilled_once_a_prompt_token() -> None:
+    lead = _trajectory({}, other_tokens=100, prefilled_tokens=100)
+    follow = [_trajectory({}, other_tokens=100, cached_tokens=100) for _ in range(3)]
+    shared = group_metrics([_group(lead, *follow)], WEIGHTS)
+    assert shared["timeline/prefilled_per_prompt_token"] == 1.0
+    assert shared["timeline/cached_share"] == 0.75
+    alone = group_metrics([_group(lead, lead), _group(lead, lead)], WEIGHTS)
+    assert alone["timeline/prefilled_per_prompt_token"] == 2.0
+    assert alone["timeline/cached_share"] == 0.0
+
+
+def test_ranks_are_averaged_and_counts_energy_and_power_added_up() -> None:
+    one = {"timeline/engine_busy": 0.5, "timeline/tool_calls": 3.0, "gpu/energy_j": 10.0, "gpu/memory_mib": 7.0}
+    other = {"timeline/engine_busy": 1.0, "timeline/tool_calls": 4.0, "gpu/energy_j": 30.0, "gpu/memory_mib": 5.0}
+    assert over_ranks([one, other]) == {
+        "timeline/engine_busy": 0.75, "timeline/tool_calls": 7.0, "gpu/energy_j": 40.0, "gpu/memory_mib": 7.0,
+    }  # fmt: skip
+
+
+def test_a_rank_that_measured_nothing_does_not_enter() -> None:
+    unknown = {"timeline/tool_p50_s": math.nan, "timeline/tool_calls": 0.0}
+    merged = over_ranks([unknown, {"timeline/tool_p50_s": 2.0, "timeline/tool_calls": 1.0, "gpu/power_w": 300.0}])
+    assert merged == {"timeline/tool_p50_s": 2.0, "timeline/tool_calls": 1.0, "gpu/power_w": 300.0}
+    assert math.isnan(over_ranks([unknown, unknown])["timeline/tool_p50_s"])
+
+
 def test_a_trajectory_alone_is_a_group_without_a_signal() -> None:
     metrics = group_metrics([_scored(1.0)], WEIGHTS)
     assert (metrics["reward_std"], metrics["frac_reward_zero_std"]) == (0.0, 1.0)
@@ -105,7 +144,8 @@ def test_a_trajectory_alone_is_a_group_without_a_signal() -> None:
 def test_names_stay_the_same_when_nothing_was_measured() -> None:
     empty = group_metrics([], WEIGHTS)
     assert empty.keys() == group_metrics([_scored(0.0, 1.0)], WEIGHTS).keys()
-    assert empty.pop("num_tokens") == empty.pop("rollout/infra_failed") == 0.0
+    counts = ("num_tokens", "rollout/infra_failed", "rollout/deadline", "rollout/faults")
+    assert [empty.pop(name) for name in counts] == [0.0] * 4
     assert all(math.isnan(value) for value in empty.values())
 
 

@@ -14,6 +14,7 @@ from arft_fast.config import Config, ConfigError, RunConfig
 from arft_fast.flags import parse_config
 from arft_fast.observe import run_folder
 from arft_fast.observe.run_folder import RunFolder, run_path, versions
+from arft_fast.observe.timeline import Span
 
 
 def _lines(path: Path) -> list[dict[str, object]]:
@@ -48,10 +49,11 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     old = RunFolder(tmp_path, Config())
     old.log_metrics(1, {"reward": 1.0})
     old.log_trajectory({}, [Image.new("RGB", (4, 4))])
+    old.write_timeline(3, [Span("train", "trainer", 0, 1)], "step 3", {})
     (tmp_path / "notes.txt").write_text("mine")
     RunFolder(tmp_path, Config(run=RunConfig(overwrite=True)))
     assert not (tmp_path / "metrics.jsonl").exists()
-    assert list((tmp_path / "images").iterdir()) == []
+    assert list((tmp_path / "images").iterdir()) == list((tmp_path / "timeline").iterdir()) == []
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -67,6 +69,7 @@ def test_other_ranks_write_their_trajectories_and_nothing_else(tmp_path: Path) -
     folder = RunFolder(tmp_path, Config(), rank=1)
     folder.log_metrics(1, {"reward": 1.0})
     folder.write_summary({"reward": 1.0})
+    folder.write_timeline(0, [], "step 0", {})
     assert list(tmp_path.iterdir()) == []
     folder.log_trajectory({"text": "x"}, [Image.new("RGB", (4, 4))])
     assert {path.name for path in tmp_path.iterdir()} == {"trajectories-rank1.jsonl", "images"}
@@ -80,6 +83,16 @@ def test_metrics_are_one_line_a_step_with_null_for_what_is_not_finite(tmp_path: 
         {"step": 1, "reward": 1.5, "kl": None, "grad_norm": None},
         {"step": 2, "reward": 0.5},
     ]
+
+
+def test_a_timeline_is_a_trace_and_a_picture_of_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, Config())
+    for step in (0, 120):
+        folder.write_timeline(step, [Span("train", "trainer", 0, 1)], f"step {step}", {"timeline/train_s": 1.0})
+    names = ["step-00000.html", "step-00000.json", "step-00120.html", "step-00120.json"]
+    assert sorted(path.name for path in (tmp_path / "timeline").iterdir()) == names
+    assert "train_s" in (tmp_path / "timeline" / "step-00120.html").read_text()
+    assert json.loads((tmp_path / "timeline" / "step-00120.json").read_text())["traceEvents"]
 
 
 def test_trajectories_keep_arrays_and_any_text_on_one_line(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from arft_fast.trajectory import Ending, Group
+from arft_fast.trajectory import Ending, Group, Trajectory
+
+_ADDED = frozenset({"timeline/tool_calls", "timeline/tool_shared", "gpu/energy_j", "gpu/power_w"})
+_LARGEST = frozenset({"gpu/memory_mib"})
 
 
 def group_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> dict[str, float]:
     """What a batch did: rewards, lengths, tools.
 
-    Trajectories that the world broke (``Ending.INFRA_FAULT``) are counted in ``rollout/infra_failed`` and enter
-    nothing else. A figure that nothing was measured for is nan, so that every step has the same names.
+    Trajectories that the world broke (``Trajectory.infra_failed``) are counted under ``rollout/`` and enter nothing
+    else. A figure that nothing was measured for is nan, so that every step has the same names.
 
     Args:
         groups: P groups of up to G trajectories, rewards filled in.
@@ -27,7 +30,12 @@ def group_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> dict
         ``completions/{mean,min,max}_length`` in tokens that the policy sampled; ``completions/clipped_ratio`` share
         that ran out of tokens; ``tools/call_frequency`` calls a trajectory; ``tools/failure_frequency`` share of the
         calls that failed; ``num_tokens`` tokens of this batch, prompts and observations included (TRL sums it over
-        steps); ``rollout/infra_failed`` a count.
+        steps); ``rollout/infra_failed`` a count, ``rollout/deadline`` those of them that ran out of time,
+        ``rollout/faults`` how many different causes they name; ``timeline/cached_share`` share of the tokens that
+        requests held which the engine took from its cache; ``timeline/prefilled_per_prompt_token`` tokens that it had
+        to compute over tokens of the groups' prompts, a prompt counted once for its group: 1 where each prompt was
+        computed once, and what later turns add (observations) on top. Both stand under ``timeline/`` since they depend
+        on who came first when two samples share a turn.
     """
     sound = [[t for t in group.trajectories if not t.infra_failed] for group in groups]
     trajectories = [t for group in sound for t in group]
@@ -36,6 +44,10 @@ def group_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> dict
     stds = [float(total.std(ddof=1)) if len(total) > 1 else 0.0 for total in totals]
     lengths = [t.completion_length for t in trajectories]
     calls = [turn for t in trajectories for turn in t.observations() if turn.tool is not None]
+    broken = [t for group in groups for t in group.trajectories if t.infra_failed]
+    cached = sum(t.cached_tokens for t in trajectories)
+    prefilled = sum(t.prefilled_tokens for t in trajectories)
+    prompts = sum(_prompt_length(group[0]) for group in sound if group)
 
     metrics = {
         "reward": _mean(np.concatenate(totals) if totals else []),
@@ -54,8 +66,32 @@ def group_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> dict
         "tools/call_frequency": len(calls) / len(trajectories) if trajectories else math.nan,
         "tools/failure_frequency": _mean([turn.failed for turn in calls]),
         "num_tokens": float(sum(len(t.token_ids) for t in trajectories)),
-        "rollout/infra_failed": float(sum(len(group.trajectories) for group in groups) - len(trajectories)),
+        "rollout/infra_failed": float(len(broken)),
+        "rollout/deadline": float(sum(t.ending is Ending.DEADLINE for t in broken)),
+        "rollout/faults": float(len({t.fault for t in broken} - {None})),
+        "timeline/cached_share": cached / (cached + prefilled) if cached + prefilled else math.nan,
+        "timeline/prefilled_per_prompt_token": prefilled / prompts if prompts else math.nan,
     }
+
+
+def over_ranks(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Figures that each rank measured for itself (``overlap_metrics``, ``GpuMeter.take``) as figures of the run.
+
+    Counts, energy and power are added up, memory is that of the fullest card, everything else is the mean. Ranks that
+    did not measure a figure do not enter it; nan where none did.
+    """
+    merged = {}
+    for name in dict.fromkeys(name for own in figures for name in own):
+        values = [own[name] for own in figures if not math.isnan(own.get(name, math.nan))]
+        combine = sum if name in _ADDED else max if name in _LARGEST else _mean
+        merged[name] = float(combine(values)) if values else math.nan
+    return merged
+
+
+def _prompt_length(trajectory: Trajectory) -> int:
+    """Tokens before the first sampled one."""
+    sampled = np.flatnonzero(trajectory.policy_mask)
+    return int(sampled[0]) if len(sampled) else len(trajectory.policy_mask)
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

@@ -7,6 +7,7 @@
     metrics.jsonl              {"step": 3, "reward": 1.43, ...}
     trajectories.jsonl         one trajectory a line; pictures by name
     images/                    pictures, named by their content
+    timeline/step-00020.json   what happened when, a trace for https://ui.perfetto.dev; .html is a picture of it
     summary.json               the outcome
 """
 
@@ -28,6 +29,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arft_fast.config import Config, ConfigError, config_json, config_toml
+from arft_fast.observe.timeline import Span
+from arft_fast.observe.trace import write_trace
+from arft_fast.observe.trace_page import trace_html
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,6 +89,14 @@ class RunFolder:
         whoever shows it escapes it there.
         """
         self._append(self._trajectories, {**record, "images": [self._save_image(image) for image in images]})
+
+    def write_timeline(self, step: int, spans: Sequence[Span], title: str, figures: Mapping[str, float]) -> None:
+        """Writes a step's trace and its picture, with ``figures`` on top."""
+        if self._main:
+            path = self.path / "timeline" / f"step-{step:05d}.json"
+            path.parent.mkdir(exist_ok=True)
+            write_trace(path, spans)
+            path.with_suffix(".html").write_text(trace_html(spans, title, figures), encoding="ascii")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes ``summary.json``; a reader sees the old one or the new one, never half of it."""
@@ -175,7 +187,8 @@ def _write_atomic(path: Path, data: bytes) -> None:
 
 
 def _remove_records(path: Path) -> None:
-    for record in [*(path / name for name in _RECORDS), *path.glob("trajectories-rank*.jsonl")]:
+    timelines = [*path.glob("timeline/step-*.json"), *path.glob("timeline/step-*.html")]
+    for record in [*(path / name for name in _RECORDS), *path.glob("trajectories-rank*.jsonl"), *timelines]:
         record.unlink(missing_ok=True)
     for image in (path / "images").glob("*"):
         if image.suffix in (".png", ".jpg", ".part"):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 Kind = Literal["engine", "queue", "generate", "tool", "reward", "train", "sync"]
 """``engine``: the engine computes. ``queue``: a request waits for it. ``generate``: a request is being computed.
 ``tool``, ``reward``: as they say. ``train``: the update. ``sync``: the new weights go to the engine."""
+TRAJECTORY_KINDS: frozenset[Kind] = frozenset({"queue", "generate", "tool", "reward"})
+"""What a trajectory's own track holds."""
 
 
 @dataclass(frozen=True, slots=True)
