@@ -9,29 +9,23 @@ Dimension letters: B samples, G samples of a prompt, P padded prompt, R padded c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
-from torch import Tensor
-from transformers import AutoTokenizer, ProcessorMixin
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from arft_fast.trajectory import Trajectory
 
+from .plain_rollout import ImageTextProcessor, open_processor
 from .train_problem import Models, open_stock
 
-
-class ImageTextProcessor(ProcessorMixin):
-    """Qwen2.5-VL's processor without its video half, which cannot be made without torchvision."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+Trainer = TypeVar("Trainer", bound=GRPOTrainer)
 
 
 class Given(GRPOTrainer):
@@ -68,42 +62,22 @@ class TrlUpdate:
         samples = len(groups[0])
         if any(len(group) != samples for group in groups):
             raise ValueError("groups: TRL's trainer takes groups of equal size; give the same number of samples each")
-        config = GRPOConfig(
-            output_dir=str(scratch),
-            per_device_train_batch_size=samples,
-            gradient_accumulation_steps=len(groups),
-            num_generations=samples,
-            num_iterations=1,
-            max_steps=total_steps,
-            learning_rate=learning_rate,
-            max_grad_norm=1.0,
-            beta=beta,
-            loss_type="grpo",
-            use_bias_correction_kl=False,  # its default multiplies the KL by the ratio, which is another gradient
-            temperature=temperature,
-            gradient_checkpointing=False,  # its default is for GPUs that are full; nobody here recomputes
-            bf16=False,  # the weights' own dtype, no autocast
-            use_cpu=device.type == "cpu",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        model = open_stock(models.policy, device, dtype)
-        model.config._name_or_path = str(models.reference)  # where it looks for its reference
+        processor = open_processor(models.policy)
         self._groups = len(groups)
-        tokenizer = AutoTokenizer.from_pretrained(models.policy)
-        self.trainer = Given(
-            model=model,
-            reward_funcs=_no_reward,
-            args=config,
-            train_dataset=Dataset.from_dict({"prompt": ["unused"] * len(groups)}),
-            processing_class=ImageTextProcessor(Qwen2VLImageProcessorPil.from_pretrained(models.policy), tokenizer),
+        self.trainer = open_trainer(
+            *(Given, models, scratch, processor, _no_reward),
+            groups=len(groups),
+            samples=samples,
+            device=device,
+            dtype=dtype,
+            beta=beta,
+            learning_rate=learning_rate,
+            total_steps=total_steps,
+            temperature=temperature,
         )
-        trainer = self.trainer
-        trainer.create_optimizer_and_scheduler(total_steps)
-        self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-        trainer.current_gradient_accumulation_steps = len(groups)
+        self.model = cast(nn.Module, self.trainer.model)
         trajectories = [t for group in groups for t in group]
-        inputs = prepared(trajectories, advantages, tokenizer.pad_token_id, model.config.image_token_id)
+        inputs = prepared(trajectories, advantages, processor.tokenizer.pad_token_id, processor.image_token_id)
         self._inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
     def backward(self) -> float:
@@ -127,24 +101,89 @@ class TrlUpdate:
     def __call__(self) -> float:
         """The update: gradients, clipping, the optimizer's and the scheduler's step."""
         loss = self.backward()
-        trainer = self.trainer
-        trainer._clip_grad_norm(self.model)
-        assert trainer.optimizer is not None and trainer.lr_scheduler is not None, "made in __init__"
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
-        self.model.zero_grad()
+        apply_gradients(self.trainer)
         return loss
 
     def metrics(self) -> dict[str, float]:
         """``entropy`` and ``kl`` of the last update: means over sampled tokens, as TRL logs them a micro-batch."""
         masks = self._inputs["completion_mask"] * self._inputs["tool_mask"]
-        tokens = masks.sum(1).view(self._groups, -1).sum(1).double().cpu()
-        logged = self.trainer._metrics["train"]
-        return {
-            name: float((torch.tensor(logged[name][-self._groups :]).double() * tokens).sum() / tokens.sum())
-            for name in ("entropy", "kl")
-            if name in logged
-        }
+        return last_metrics(self.trainer, masks.sum(1).view(self._groups, -1).sum(1))
+
+
+def open_trainer(
+    kind: type[Trainer],
+    models: Models,
+    scratch: Path,
+    processor: ImageTextProcessor,
+    reward: Callable[..., list[float | None]],
+    *,
+    groups: int,
+    samples: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    beta: float,
+    learning_rate: float,
+    total_steps: int,
+    temperature: float = 1.0,
+    **fields: Any,
+) -> Trainer:
+    """A trainer with its optimizer, offline; ``samples`` of one prompt are a micro-batch, ``groups`` of those a step.
+
+    Args:
+        fields: further ones of ``GRPOConfig``.
+    """
+    config = GRPOConfig(
+        output_dir=str(scratch),
+        per_device_train_batch_size=samples,
+        gradient_accumulation_steps=groups,
+        num_generations=samples,
+        num_iterations=1,
+        max_steps=total_steps,
+        learning_rate=learning_rate,
+        max_grad_norm=1.0,
+        beta=beta,
+        loss_type="grpo",
+        use_bias_correction_kl=False,  # its default multiplies the KL by the ratio, which is another gradient
+        temperature=temperature,
+        gradient_checkpointing=False,  # its default is for GPUs that are full; nobody here recomputes
+        bf16=False,  # the weights' own dtype, no autocast
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        disable_tqdm=True,
+        **fields,
+    )
+    model = open_stock(models.policy, device, dtype)
+    model.config._name_or_path = str(models.reference)  # where it looks for its reference
+    trainer = kind(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": ["unused"] * groups}),
+        processing_class=processor,
+    )
+    trainer.create_optimizer_and_scheduler(total_steps)
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.current_gradient_accumulation_steps = groups
+    return trainer
+
+
+def apply_gradients(trainer: GRPOTrainer) -> None:
+    """Clipping, the optimizer's and the scheduler's step."""
+    assert trainer.model and trainer.optimizer and trainer.lr_scheduler, "made in open_trainer"
+    trainer._clip_grad_norm(trainer.model)
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()
+    trainer.model.zero_grad()
+
+
+def last_metrics(trainer: GRPOTrainer, tokens: Tensor) -> dict[str, float]:
+    """``entropy`` and ``kl`` of the last update: means over its ``tokens``, sampled ones of each micro-batch."""
+    logged, weights = trainer._metrics["train"], tokens.double().cpu()
+    return {
+        name: float((torch.tensor(logged[name][-len(weights) :]).double() * weights).sum() / weights.sum())
+        for name in ("entropy", "kl")
+        if name in logged
+    }
 
 
 def prepared(trajectories: Sequence[Trajectory], advantages: Tensor, pad: int, image_token_id: int) -> dict[str, Any]:
