@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from arft_fast.config import Config, ConfigError
+from arft_fast.observe.timeline import Timeline
 from arft_fast.policy.model import Policy, check_source, load_policy
 from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.tiny import build_tiny
 from arft_fast.policy.update import GrpoLoss, Optimizer
 from arft_fast.rollout.agent import Agent, Limits, SamplingSettings
 from arft_fast.rollout.engine import Engine
+from arft_fast.rollout.sglang_backend import SglangBackend
+from arft_fast.rollout.sglang_engine import SGLangEngine
+from arft_fast.rollout.sglang_process import SglangProcess
+from arft_fast.rollout.sglang_servers import SglangServers
 from arft_fast.rollout.teacher import teacher_texts
 from arft_fast.rollout.transformers_engine import TransformersEngine
 from arft_fast.tasks.mat import MatTask
@@ -27,6 +35,7 @@ from arft_fast.tasks.mini_corpus import corpus_passages
 from arft_fast.tasks.mini_search import MiniSearch
 from arft_fast.tasks.mixture import Mixture
 from arft_fast.tasks.task import Task
+from arft_fast.tools.executor import ToolExecutor
 from arft_fast.tools.python_image_code import PythonImageCode
 from arft_fast.tools.sandbox import Sandbox
 from arft_fast.tools.search_index import SearchIndex, build_index
@@ -110,12 +119,18 @@ def _mat_task(name: str, config: Config) -> Task:
         raise ConfigError(f"--task.data: {error}") from error
 
 
-def check_policy(config: Config) -> None:
-    """Fail before any work when the policy cannot be loaded.
+def check_parts(config: Config) -> None:
+    """Fail before any work when the policy or the engine cannot be loaded.
 
     Raises:
-        ConfigError: see ``policy.model.check_source``.
+        ConfigError: see ``policy.model.check_source``; or SGLang is asked for and not installed.
     """
+    settings = config.rollout
+    if settings.engine == "sglang" and not settings.urls and importlib.util.find_spec("sglang") is None:
+        raise ConfigError(
+            "--rollout.engine is sglang, which is not installed "
+            '(pip install "arft_fast[sglang]", or give --rollout.urls)'
+        )
     if config.policy.model != "tiny":
         try:
             check_source(config.policy.model)
@@ -149,9 +164,65 @@ def open_policy(config: Config, mixture: Mixture, ranks: Ranks) -> Policy:
         )
 
 
-def open_engine(config: Config, policy: Policy) -> Engine:
-    """The engine that ``rollout.engine`` names, on the policy's current weights."""
-    return TransformersEngine(policy, slots=config.rollout.slots, max_tokens=config.rollout.max_tokens)
+@asynccontextmanager
+async def open_engine(config: Config, policy: Policy, ranks: Ranks, timeline: Timeline) -> AsyncIterator[Engine]:
+    """The engine that ``rollout.engine`` names, on the policy's current weights; closed at the end.
+
+    Raises:
+        EngineError: it does not start.
+    """
+    settings = config.rollout
+    engine: Engine
+    if settings.engine == "transformers":
+        engine = TransformersEngine(policy, slots=settings.slots, max_tokens=settings.max_tokens, timeline=timeline)
+    else:
+        arguments = {"random_seed": config.train.seed + ranks.rank} | _engine_args(settings.engine_args)
+        engine = SGLangEngine(
+            policy,
+            await _sglang_backend(config, policy, ranks, arguments),
+            max_tokens=settings.max_tokens,
+            timeline=timeline,
+            deterministic=bool(arguments.get("enable_deterministic_inference")),
+        )
+    try:
+        await engine.load_weights(0)
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def _sglang_backend(config: Config, policy: Policy, ranks: Ranks, arguments: Mapping[str, Any]) -> SglangBackend:
+    settings = config.rollout
+    if settings.urls:
+        return await SglangServers.connect(
+            policy,
+            settings.urls,
+            transfer=settings.weight_transfer,
+            folder=settings.weight_dir,
+            ranks=ranks,
+            concurrency=settings.slots,
+            timeout_s=settings.trajectory_timeout_s,
+        )
+    return await SglangProcess.launch(
+        policy,
+        slots=settings.slots,
+        max_tokens=settings.max_tokens,
+        memory_fraction=settings.memory_fraction,
+        engine_args=arguments,
+        trains_vision=not config.policy.freeze_vision,
+    )
+
+
+def _engine_args(words: tuple[str, ...]) -> dict[str, Any]:
+    """``NAME=VALUE`` words; a value that is no JSON is a text."""
+    arguments: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = value
+    return arguments
 
 
 def open_optimizer(config: Config, policy: Policy, ranks: Ranks) -> tuple[Optimizer, GrpoLoss]:
@@ -184,17 +255,27 @@ def open_optimizer(config: Config, policy: Policy, ranks: Ranks) -> tuple[Optimi
 
 
 def open_agents(
-    config: Config, policy: Policy, engine: Engine, mixture: Mixture, sampling: SamplingSettings | None = None
+    config: Config,
+    policy: Policy,
+    engine: Engine,
+    mixture: Mixture,
+    timeline: Timeline,
+    sampling: SamplingSettings | None = None,
 ) -> dict[str, Agent]:
-    """An agent for each task; ``sampling`` None takes the rollout's."""
+    """An agent for each task, which share one tool executor; ``sampling`` None takes the rollout's."""
     settings = config.rollout
     limits = Limits(
         max_turns=config.task.max_turns,
         max_turn_tokens=settings.max_turn_tokens,
         max_tokens=settings.max_tokens,
-        tool_deadline_s=4 * config.task.code_timeout_s + 30,  # waiting for a free worker included
+        trajectory_timeout_s=settings.trajectory_timeout_s,
     )
+    deadline_s = 4 * config.task.code_timeout_s + 30  # waiting for a free worker included
+    tools = ToolExecutor(deadline_s=deadline_s, timeline=timeline)
     sampling = sampling or SamplingSettings(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
     )
-    return {name: Agent(policy, engine, task, limits, sampling) for name, task in mixture.by_name.items()}
+    return {
+        name: Agent(policy, engine, task, limits, sampling, tools=tools, timeline=timeline)
+        for name, task in mixture.by_name.items()
+    }

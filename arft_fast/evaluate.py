@@ -11,11 +11,12 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from arft_fast.assemble import check_policy, open_agents, open_engine, open_policy, open_ranks, open_tasks
+from arft_fast.assemble import check_parts, open_agents, open_engine, open_policy, open_ranks, open_tasks
 from arft_fast.config import Config, ConfigError
 from arft_fast.flags import load_config, one_line_errors
 from arft_fast.observe.console import Console
 from arft_fast.observe.report import evaluation_table
+from arft_fast.observe.timeline import Timeline
 from arft_fast.policy.model import Policy
 from arft_fast.policy.parallel import Ranks
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS
@@ -30,7 +31,13 @@ GREEDY = SamplingSettings(temperature=0.0)
 
 
 async def evaluate(
-    config: Config, policy: Policy, engine: Engine, mixture: Mixture, ranks: Ranks, stop: StopSignal
+    config: Config,
+    policy: Policy,
+    engine: Engine,
+    mixture: Mixture,
+    ranks: Ranks,
+    stop: StopSignal,
+    timeline: Timeline,
 ) -> dict[str, Evaluation]:
     """Held-out episodes, ``sampled`` as in training (``eval.samples`` an item) and ``greedy`` (one an item).
 
@@ -44,8 +51,16 @@ async def evaluate(
     prompts = ranks.share(mixture.eval_prompts(config.eval.prompts_per_task))
     results = {}
     for way, sampling, samples in (("sampled", None, config.eval.samples), ("greedy", GREEDY, 1)):
-        agents = open_agents(config, policy, engine, mixture, sampling)
-        episodes = collect(prompts, agents, mixture.by_name, group_size=samples, seed=(config.train.seed,))
+        agents = open_agents(config, policy, engine, mixture, timeline, sampling)
+        episodes = collect(
+            prompts,
+            agents,
+            mixture.by_name,
+            group_size=samples,
+            seed=(config.train.seed,),
+            groups_in_flight=config.rollout.groups_in_flight,
+            timeline=timeline,
+        )
         groups = await stop.guard(episodes) or []
         stop.check(ranks)
         results[way] = summarise(ranks.gather([group.without_images() for group in groups]), DEFAULT_WEIGHTS)
@@ -55,11 +70,9 @@ async def evaluate(
 async def _run(config: Config, ranks: Ranks, mixture: Mixture, stop: StopSignal) -> dict[str, Evaluation]:
     async with mixture.running_tools():
         policy = open_policy(config, mixture, ranks)
-        engine = open_engine(config, policy)
-        try:
-            return await evaluate(config, policy, engine, mixture, ranks, stop)
-        finally:
-            await engine.close()
+        timeline = Timeline()
+        async with open_engine(config, policy, ranks, timeline) as engine:
+            return await evaluate(config, policy, engine, mixture, ranks, stop, timeline)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(), open_ranks(config) as ranks, StopSignal() as stop:
         if config.policy.model == "tiny":
             raise ConfigError("--policy.model is 'tiny', which is untrained here (give a checkpoint folder of a run)")
-        check_policy(config)
+        check_parts(config)
         with open_tasks(config) as mixture:
             results = asyncio.run(_run(config, ranks, mixture, stop))
     console = Console(enabled=ranks.main)

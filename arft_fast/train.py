@@ -12,12 +12,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from arft_fast.assemble import (
-    check_policy,
+    check_parts,
     open_agents,
     open_engine,
     open_optimizer,
@@ -36,12 +36,13 @@ from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.tree_guard import TreeMismatch
 from arft_fast.policy.update import GrpoLoss, grpo_update
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
+from arft_fast.rollout.agent import Agent
 from arft_fast.rollout.collect import collect
 from arft_fast.rollout.engine import Engine
 from arft_fast.rollout.stop import Stopped, StopSignal
 from arft_fast.run import Evaluations, Run, open_run
 from arft_fast.tasks.mixture import Mixture
-from arft_fast.trajectory import Group, Trajectory
+from arft_fast.trajectory import Group, Prompt, Trajectory
 
 
 async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: StopSignal) -> None:
@@ -52,19 +53,17 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
     async with mixture.running_tools() as lines:  # before any engine or CUDA work
         run.console.print("\n".join(lines))
         policy = open_policy(config, mixture, ranks)
-        engine = open_engine(config, policy)
         try:
             cold_start(config, policy, mixture, ranks, run.console, stop)
-            before = await evaluate(config, policy, engine, mixture, ranks, stop)
-            run.evaluated(0, policy, before)
-            await reinforce(config, policy, engine, mixture, ranks, run, stop)
-            after = await evaluate(config, policy, engine, mixture, ranks, stop)
-            run.evaluated(config.train.steps, policy, after)
+            async with open_engine(config, policy, ranks, run.timeline) as engine:
+                before = await evaluate(config, policy, engine, mixture, ranks, stop, run.timeline)
+                run.evaluated(0, policy, before)
+                await reinforce(config, policy, engine, mixture, ranks, run, stop)
+                after = await evaluate(config, policy, engine, mixture, ranks, stop, run.timeline)
+                run.evaluated(config.train.steps, policy, after)
         except Stopped:
             stopped = True
             run.console.print("stopped on request; saving")
-        finally:
-            await engine.close()
     run.save(policy)
     run.finish(before, after, stopped=stopped)
 
@@ -75,26 +74,51 @@ async def reinforce(
     """GRPO (arXiv 2402.03300), on-policy: one update a batch."""
     settings = config.train
     reference = policy.frozen_copy() if settings.kl_beta > 0 else None
-    agents = open_agents(config, policy, engine, mixture)
+    agents = open_agents(config, policy, engine, mixture, run.timeline)
     optimizer, loss = open_optimizer(config, policy, ranks)
     with run.console.progress("step", settings.steps) as progress:
         for step in range(settings.steps):
             start = step * settings.prompts_per_step
             prompts = ranks.share(mixture.train_prompts(start, settings.prompts_per_step))
-            seed = (settings.seed, step)
-            rollout = collect(prompts, agents, mixture.by_name, group_size=config.rollout.group_size, seed=seed)
-            groups = await stop.guard(rollout) or []
+            groups = await stop.guard(roll_out(config, prompts, agents, mixture, run, seed=(settings.seed, step))) or []
             stop.check(ranks)
+            await engine.sleep()
             advantages = compare(groups, settings, ranks)
             trajectories = [trajectory for group in groups for trajectory in group.trajectories]
             if step == 0 and settings.prefix_tree and settings.prefix_tree_check:
                 check_first_tree(policy, trajectories, loss, run)
-            report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
-            await engine.load_weights(step + 1)
+            with run.timeline.span("train", "trainer"):
+                report, stats = grpo_update(policy, reference, optimizer, trajectories, advantages, loss, ranks)
+            with run.timeline.span("sync", "trainer"):
+                await engine.load_weights(step + 1)
             metrics = run.step(step, groups, report, stats)
             progress.advance(reward=metrics["reward"], entropy=metrics["entropy"])
             if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < settings.steps:
-                run.evaluated(step + 1, policy, await evaluate(config, policy, engine, mixture, ranks, stop))
+                evaluations = await evaluate(config, policy, engine, mixture, ranks, stop, run.timeline)
+                run.evaluated(step + 1, policy, evaluations)
+
+
+async def roll_out(
+    config: Config,
+    prompts: Sequence[Prompt],
+    agents: Mapping[str, Agent],
+    mixture: Mixture,
+    run: Run,
+    *,
+    seed: Sequence[int],
+) -> list[Group]:
+    """A step's groups, as many at a time and within the wall time that ``rollout`` allows."""
+    settings = config.rollout
+    return await collect(
+        prompts,
+        agents,
+        mixture.by_name,
+        group_size=settings.group_size,
+        seed=seed,
+        groups_in_flight=settings.groups_in_flight,
+        step_timeout_s=settings.step_timeout_s,
+        timeline=run.timeline,
+    )
 
 
 def check_first_tree(policy: Policy, trajectories: Sequence[Trajectory], loss: GrpoLoss, run: Run) -> None:
@@ -134,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Train a vision-language model by GRPO to use tools (Visual-ARFT, arXiv 2505.14246).",
     )
     with one_line_errors(), open_ranks(config) as ranks, StopSignal() as stop:
-        check_policy(config)
+        check_parts(config)
         with open_tasks(config) as mixture:
             run = open_run(config, ranks)
             asyncio.run(train(config, ranks, mixture, run, stop))

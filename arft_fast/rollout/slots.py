@@ -71,6 +71,11 @@ class Slots:
                 slot.request = None
         return bool(self._waiting) or any(slot.request for slot in self.all)
 
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
     def wait(self, request: Request) -> None:
         """Queue a request for the next round."""
         self._waiting.append(request)

@@ -39,6 +39,7 @@ from arft_fast.rollout.slots import Request, Slot, Slots
 
 _BUCKET = 16  # prefill lengths are padded to a multiple of this
 _PREFILL_TOKENS = 64  # short prefills share a forward pass of about this many tokens
+_COMPANY, _PATIENCE = 4, 3  # so many requests are let in together, or whoever has waited for so many decoding steps
 _LOOP_PASSES = 6  # of the event loop between two steps
 _VISIBLE = 128  # decoding attends to a multiple of this many columns
 _SAME_STRETCH_S = 1e-3  # a shorter pause between two steps is the loop's bookkeeping, not an idle engine
@@ -76,6 +77,7 @@ class TransformersEngine:
         self._numbering: dict[str, int] = {}
         self._loop_task: asyncio.Task[None] | None = None
         self._version = 0
+        self._patience = _PATIENCE
         self._stop = StopStrings(policy.tokenizer)
         self._timeline = timeline or Timeline()
         threaded = policy.device.type == "cuda" if threaded is None else threaded
@@ -147,7 +149,7 @@ class TransformersEngine:
                 if now - ended > _SAME_STRETCH_S:
                     self._timeline.add("engine", "engine", began, ended)
                     began = now
-                finished = await self._step(self._slots.admit())
+                finished = await self._step(self._slots.admit() if self._worth_a_prefill() else [])
                 ended = time.perf_counter()
                 for slot, request, finish in finished:
                     slot.request = None
@@ -164,6 +166,15 @@ class TransformersEngine:
             self._slots.forget()
         finally:
             self._timeline.add("engine", "engine", began, ended)
+
+    def _worth_a_prefill(self) -> bool:
+        """A prefill holds up all that decode, and costs four short requests what it costs one."""
+        decoding = any(slot.request for slot in self._slots.all)
+        self._patience = _PATIENCE if not self._slots.waiting else self._patience - 1
+        if decoding and self._slots.waiting < _COMPANY and self._patience > 0:
+            return False
+        self._patience = _PATIENCE
+        return True
 
     async def _step(self, admitted: list[Slot]) -> _Finished:
         if self._thread is None:
