@@ -22,7 +22,7 @@ from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.tiny import build_tiny
 from arft_fast.policy.update import GrpoLoss, Optimizer
 from arft_fast.rollout.agent import Agent, Limits, SamplingSettings
-from arft_fast.rollout.engine import Engine
+from arft_fast.rollout.engine import Engine, EngineError
 from arft_fast.rollout.sglang_backend import SglangBackend
 from arft_fast.rollout.sglang_engine import SGLangEngine
 from arft_fast.rollout.sglang_process import SglangProcess
@@ -166,10 +166,11 @@ def open_policy(config: Config, mixture: Mixture, ranks: Ranks) -> Policy:
 
 @asynccontextmanager
 async def open_engine(config: Config, policy: Policy, ranks: Ranks, timeline: Timeline) -> AsyncIterator[Engine]:
-    """The engine that ``rollout.engine`` names, on the policy's current weights; closed at the end.
+    """The engine that ``rollout.engine`` names, before its first ``load_weights``; closed at the end.
 
     Raises:
-        EngineError: it does not start.
+        ConfigError: it does not start.
+        EngineError: see ``Engine``; once it has started.
     """
     settings = config.rollout
     engine: Engine
@@ -177,15 +178,18 @@ async def open_engine(config: Config, policy: Policy, ranks: Ranks, timeline: Ti
         engine = TransformersEngine(policy, slots=settings.slots, max_tokens=settings.max_tokens, timeline=timeline)
     else:
         arguments = {"random_seed": config.train.seed + ranks.rank} | _engine_args(settings.engine_args)
+        try:
+            backend = await _sglang_backend(config, policy, ranks, arguments)
+        except EngineError as error:
+            raise ConfigError(f"--rollout.engine sglang: {error}") from error
         engine = SGLangEngine(
             policy,
-            await _sglang_backend(config, policy, ranks, arguments),
+            backend,
             max_tokens=settings.max_tokens,
             timeline=timeline,
             deterministic=bool(arguments.get("enable_deterministic_inference")),
         )
     try:
-        await engine.load_weights(0)
         yield engine
     finally:
         await engine.close()

@@ -72,6 +72,7 @@ async def _run(config: Config, ranks: Ranks, mixture: Mixture, stop: StopSignal)
         policy = open_policy(config, mixture, ranks)
         timeline = Timeline()
         async with open_engine(config, policy, ranks, timeline) as engine:
+            await engine.load_weights(0)
             return await evaluate(config, policy, engine, mixture, ranks, stop, timeline)
 
 

@@ -147,6 +147,11 @@ class Run:
             replace_checkpoint(policy, self.folder.path / name)
         self._ranks.barrier()
 
+    def rescue(self, policy: Policy) -> None:
+        """Save what was learnt when this rank cannot go on: all ranks hold the same weights, so no other is awaited."""
+        replace_checkpoint(policy, self.checkpoint)
+        self.console.print(f"the engine failed; the weights of the last update are in {self.checkpoint}")
+
     def finish(self, before: Evaluations | None, after: Evaluations | None, *, stopped: bool) -> None:
         """Write ``summary.json`` and ``reward.png``, and show what training changed."""
         if self._gpu is not None:

@@ -38,7 +38,7 @@ from arft_fast.policy.update import GrpoLoss, grpo_update
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
 from arft_fast.rollout.agent import Agent
 from arft_fast.rollout.collect import collect
-from arft_fast.rollout.engine import Engine
+from arft_fast.rollout.engine import Engine, EngineError
 from arft_fast.rollout.stop import Stopped, StopSignal
 from arft_fast.run import Evaluations, Run, open_run
 from arft_fast.tasks.mixture import Mixture
@@ -54,8 +54,10 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
         run.console.print("\n".join(lines))
         policy = open_policy(config, mixture, ranks)
         try:
-            cold_start(config, policy, mixture, ranks, run.console, stop)
             async with open_engine(config, policy, ranks, run.timeline) as engine:
+                await engine.sleep()
+                cold_start(config, policy, mixture, ranks, run.console, stop)
+                await engine.load_weights(0)
                 before = await evaluate(config, policy, engine, mixture, ranks, stop, run.timeline)
                 run.evaluated(0, policy, before)
                 await reinforce(config, policy, engine, mixture, ranks, run, stop)
@@ -64,6 +66,9 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
         except Stopped:
             stopped = True
             run.console.print("stopped on request; saving")
+        except EngineError:
+            run.rescue(policy)
+            raise
     run.save(policy)
     run.finish(before, after, stopped=stopped)
 

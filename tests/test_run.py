@@ -145,3 +145,9 @@ def test_a_run_on_a_gpu_meters_it_and_forgets_evaluations(
 
 def test_a_run_without_a_gpu_has_no_gpu_figures(started: _Run) -> None:
     assert not [name for name in started.step(0) if name.startswith("gpu/")]
+
+
+def test_the_weights_survive_an_engine_that_fails(started: _Run, policy: Policy) -> None:
+    started.run.rescue(policy)
+    assert (started.run.checkpoint / "model.safetensors").is_file()
+    assert "engine failed" in started.printed.getvalue()

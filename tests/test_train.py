@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,11 @@ REFUSALS = [
     (["--train.stepz", "3"], "train.steps"),
     (["--rollout.engine", "warp"], "rollout.engine"),
     pytest.param(
+        ["--rollout.engine", "sglang"],
+        "rollout.engine",
+        marks=pytest.mark.skipif(find_spec("sglang") is not None, reason="SGLang is installed"),
+    ),
+    pytest.param(
         ["--policy.device", "cuda"],
         "policy.device",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
@@ -205,3 +211,11 @@ def test_the_published_training_files_start_stepwise_training(
     records = [json.loads(line) for line in (tmp_path / "run" / "trajectories.jsonl").read_text().splitlines()]
     assert len(records) == 4 and {record["ending"] for record in records} == {"step"}
     assert all(len(record["turns"]) == 1 for record in records)
+
+
+def test_servers_that_cannot_be_reached_are_named_before_any_training(tmp_path: Path) -> None:
+    flags = ["--rollout.engine", "sglang", "--rollout.urls", "http://127.0.0.1:9", "--run.dir", "run"]
+    done = _run([*TRAIN, *flags], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --rollout.engine sglang: http://127.0.0.1:9 ")
+    assert "cold start" not in done.stdout and "Traceback" not in done.stderr
