@@ -312,3 +312,24 @@ def test_new_weights_are_refused_while_something_is_generated(policy: Policy) ->
         await running
 
     _with_engine(policy, work)
+
+
+def test_two_samples_behind_a_leader_start_right_behind_its_prefill(policy: Policy) -> None:
+    async def work(engine: TransformersEngine) -> Sequence[Generation]:
+        calls = (engine.generate([5] * 20, [], Sampling(max_tokens=9, seed=k)) for k in range(3))
+        return await asyncio.gather(*calls)
+
+    # A step later the leader has decoded, and the prompt's last token would have to be computed again.
+    assert [g.prefilled_tokens for g in _with_engine(policy, work)] == [20, 0, 0]
+
+
+def test_a_lone_request_among_decoding_ones_is_let_in_within_three_steps(policy: Policy) -> None:
+    async def work(engine: TransformersEngine) -> tuple[Generation, Generation]:
+        running = asyncio.ensure_future(engine.generate([5] * 20, [], Sampling(max_tokens=60)))
+        await asyncio.sleep(0.02)
+        late = await engine.generate([9] * 20, [], Sampling(max_tokens=2))
+        assert not running.done()
+        return await running, late
+
+    _, late = _with_engine(policy, work)
+    assert len(late.token_ids) <= 2

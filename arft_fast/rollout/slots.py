@@ -61,6 +61,8 @@ class Slots:
         self.all = [Slot(index) for index in range(count)]
         self._cache = cache
         self._waiting: deque[Request] = deque()
+        self.put_off = False
+        """Whether a waiting request's prefix was being computed when it was last looked at."""
         self._clock = 0
 
     @property
@@ -126,6 +128,7 @@ class Slots:
             slot.used = self._clock
             admitted.append(slot)
         self._waiting.extendleft(reversed(put_off))
+        self.put_off = bool(put_off)
         return admitted
 
 

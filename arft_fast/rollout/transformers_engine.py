@@ -171,7 +171,7 @@ class TransformersEngine:
         """A prefill holds up all that decode, and costs four short requests what it costs one."""
         decoding = any(slot.request for slot in self._slots.all)
         self._patience = _PATIENCE if not self._slots.waiting else self._patience - 1
-        if decoding and self._slots.waiting < _COMPANY and self._patience > 0:
+        if decoding and self._slots.waiting < _COMPANY and self._patience > 0 and not self._slots.put_off:
             return False
         self._patience = _PATIENCE
         return True
