@@ -211,6 +211,7 @@ def _record(phase: str, step: int, trajectory: Trajectory) -> dict[str, Any]:
         "reward": trajectory.total_reward(DEFAULT_WEIGHTS),
         "completion_length": trajectory.completion_length,
         "tokens": len(trajectory.token_ids),
+        "prompt_tokens": trajectory.prompt_length,
         "cached_tokens": trajectory.cached_tokens,
         "prefilled_tokens": trajectory.prefilled_tokens,
         "weight_version": trajectory.weight_version,

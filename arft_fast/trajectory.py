@@ -94,6 +94,12 @@ class Trajectory:
         return self.ending in (Ending.INFRA_FAULT, Ending.DEADLINE)
 
     @property
+    def prompt_length(self) -> int:
+        """Tokens before the first sampled one."""
+        sampled = self.policy_mask.nonzero()[0]
+        return int(sampled[0]) if len(sampled) else len(self.policy_mask)
+
+    @property
     def completion_length(self) -> int:
         """Tokens that the policy sampled."""
         return int(self.policy_mask.sum())

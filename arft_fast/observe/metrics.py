@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from arft_fast.trajectory import Ending, Group, Trajectory
+from arft_fast.trajectory import Ending, Group
 
 _ADDED = frozenset({"timeline/tool_calls", "timeline/tool_shared", "gpu/energy_j", "gpu/power_w"})
 _LARGEST = frozenset({"gpu/memory_mib"})
@@ -47,7 +47,7 @@ def group_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> dict
     broken = [t for group in groups for t in group.trajectories if t.infra_failed]
     cached = sum(t.cached_tokens for t in trajectories)
     prefilled = sum(t.prefilled_tokens for t in trajectories)
-    prompts = sum(_prompt_length(group[0]) for group in sound if group)
+    prompts = sum(group[0].prompt_length for group in sound if group)
 
     metrics = {
         "reward": _mean(np.concatenate(totals) if totals else []),
@@ -86,12 +86,6 @@ def over_ranks(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
         combine = sum if name in _ADDED else max if name in _LARGEST else _mean
         merged[name] = float(combine(values)) if values else math.nan
     return merged
-
-
-def _prompt_length(trajectory: Trajectory) -> int:
-    """Tokens before the first sampled one."""
-    sampled = np.flatnonzero(trajectory.policy_mask)
-    return int(sampled[0]) if len(sampled) else len(trajectory.policy_mask)
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

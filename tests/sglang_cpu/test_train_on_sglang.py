@@ -58,8 +58,19 @@ def test_each_step_samples_from_the_weights_of_the_step_before(run: Path) -> Non
 
 
 def test_a_groups_prompt_is_computed_once(run: Path) -> None:
-    # Eight samples that share nothing would make it 8 and more; observations of later turns come on top of 1.
-    assert all(1 <= step["timeline/prefilled_per_prompt_token"] < 4 for step in _steps(run))
+    records = [json.loads(line) for line in (run / "trajectories.jsonl").read_text().splitlines()]
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for record in records:
+        if record["phase"] == "train":
+            groups.setdefault((record["step"], record["uid"]), []).append(record)
+    assert len(groups) == 12
+    for group in groups.values():
+        prompt = group[0]["prompt_tokens"]
+        observed = sum(record["tokens"] - record["completion_length"] - prompt for record in group)
+        # SGLang computes the last cached token of a request again, and a turn's last token with the turn behind it.
+        again = sum(2 * sum(turn["role"] == "assistant" for turn in record["turns"]) for record in group)
+        assert prompt <= sum(record["prefilled_tokens"] for record in group) <= prompt + observed + again
+        assert again < 7 * prompt  # the bound tells one prompt from eight
 
 
 def test_every_step_leaves_its_timeline(run: Path) -> None:
