@@ -6,6 +6,7 @@ Imports the standard library only: the zygote loads it.
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections.abc import Sequence
 from typing import Literal
@@ -73,3 +74,24 @@ def collect(home: int, names: Sequence[str]) -> tuple[dict[str, bytes], str]:
                 files[name] = file.read(FILE_BYTES)
         os.close(fd)
     return files, refused
+
+
+def clear_directory(top: str) -> None:
+    """Empty ``top``, whatever was left in it: no link is followed, no depth is too deep, no mode protects.
+
+    A nested directory's entries move up to ``top`` until nothing is nested, so a path never grows. No process may
+    still write there. ``top`` itself stays.
+    """
+    while entries := list(os.scandir(top)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, stat.S_IRWXU)
+            for inner in list(os.scandir(entry.path)):
+                if inner.is_dir(follow_symlinks=False):
+                    os.chmod(inner.path, stat.S_IRWXU)  # moving a directory rewrites its ".."
+                    os.rename(inner.path, os.path.join(top, secrets.token_hex(16)))
+                else:
+                    os.unlink(inner.path)
+            os.rmdir(entry.path)

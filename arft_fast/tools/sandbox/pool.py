@@ -1,8 +1,12 @@
-"""The trainer's side of the sandbox: a few warm zygotes, one fork a call, everything awaited.
+"""The trainer's side of the sandbox: a few warm zygotes, one confined process a call, everything awaited.
 
-A call forks a zygote (``zygote.py``: a fresh Python with numpy and Pillow loaded), the child gives up what it can
-(``confine.py``, ``landlock.py``), runs the code as a script in an empty private directory, and is killed with all its
-descendants when it ends or its time is up. ``Sandbox.layers`` names what is active on this kernel.
+A zygote (``zygote.py``: a fresh Python with numpy, Pillow and OpenCV loaded) keeps a fork ready, the supervisor of the
+next call (``call.py``). That one reads the call and forks the child, which gives up what it can (``confine.py``), runs
+the code as a script in an empty private directory, and is killed when it ends or its time is up.
+
+Modes (``layers.py``): ``strict``, the default, does not start where a layer of ``layers.STRICT`` is missing;
+``best_effort`` takes what there is, and ``Sandbox.missing`` says what it lacks; ``off`` gives the first list below and
+nothing more, and says so among the layers. No mode changes into another by itself.
 
 Covered, always (a child that cannot take one of these steps does not run the code):
 
@@ -10,50 +14,61 @@ Covered, always (a child that cannot take one of these steps does not run the co
 - ``rlimits``: CPU, address space, file size, open files, processes, no core dump. Output and files are bounded too.
 - ``environment``: emptied; standard input is /dev/null; no descriptor of the trainer or the zygote is open.
 - ``no-new-privs``, ``no-capabilities``: setuid programs gain nothing; root's child is root without powers.
+- Earlier calls: their code, images and output were never in the zygote's memory, only in their supervisors'.
 
-Covered where the kernel and the container allow:
+Covered by ``strict``, and by ``best_effort`` where the kernel and the container allow:
 
-- ``user-``, ``pid-``, ``network-``, ``ipc-namespace``: no other process can be seen or signalled, no network, not even
-  localhost. ``mount-namespace``: the directory is a 128 MiB memory file system, /run and /dev/shm are hidden.
-  ``no-nested-namespace``: a new user namespace, the usual way to new powers, is refused. ``process-count``: a fork bomb
-  stops at 364 processes even for root (Linux 6.14).
+- ``seccomp``: the system calls that image code never needs are refused (list and policy: ``seccomp.py``): among them
+  every socket, every new process and program, signals to others, ``ptrace``, ``bpf``, ``io_uring``, ``userfaultfd``.
+- ``process-count``: with seccomp the code is one process, so its address space bounds the memory of the whole call; its
+  threads are bounded by the namespace's pid_max (364, Linux 6.14) or, for users other than root, by RLIMIT_NPROC (32),
+  and refused where neither works. Without seccomp the same two bound processes.
 - ``landlock-files``: reads Python, its packages, shared libraries and fonts; writes its own directory; executes no
   program. ``landlock-tcp``, ``landlock-signals``: as they say, also without namespaces.
+- ``user-``, ``pid-``, ``network-``, ``ipc-namespace``: no other process can be seen or signalled, no network, not even
+  localhost. ``mount-namespace``: the directory is a 128 MiB memory file system, /run and /dev/shm are hidden.
+  ``read-only-files``: everything else is read-only, file modes and times too, which Landlock does not guard.
+  ``no-nested-namespace``: a new user namespace is refused a second time.
 
-NOT covered:
+NOT covered, even by ``strict``:
 
-- The kernel itself: no seccomp filter, so every system call is open to an exploit.
-- Memory and CPU of a call as a whole: there is no cgroup. Each of its processes is limited, their sum is not, save by
-  the process limits, and RLIMIT_NPROC does not bind root.
-- Without ``landlock-files``, every file that the user can read can be read, and written where the user may write.
-- Without ``pid-namespace`` and ``landlock-signals``, the code can signal the user's other processes.
-- Without ``mount-namespace``, disk use is bounded per file only, and Unix sockets can be reached by path.
-- Between calls: a child can read leftovers of earlier calls (code, images) in the memory of its zygote.
+- Holes of the kernel in system calls that stay allowed: the kernel is shared. A virtual machine would be the answer.
+- Which paths exist, with their sizes and times: ``stat`` works outside too (contents and folder listings do not).
+- Timing and load: code sees clocks, /dev/urandom and how busy the machine is, and may use one core until its deadline.
+- What the code says: text and image are untrusted input for whoever reads them.
+
+NOT covered without the layer:
+
+- ``landlock-files``: every file that the user can read can be read, and written where the user may write.
+- ``seccomp``: the kernel's whole surface is open; the memory of a call is bounded per process only; without
+  ``landlock-signals`` and ``pid-namespace`` the user's other processes can be signalled.
+- ``mount-namespace``: disk use is bounded per file only. ``read-only-files``: modes and times of the user's own files.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import re
-import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from arft_fast.tools.sandbox import confine, frame
+from arft_fast.tools.sandbox import frame, layers, output
+from arft_fast.tools.sandbox.handle import Handle, spawn
+from arft_fast.tools.sandbox.layers import Mode
 from arft_fast.tools.tool import InfraFault
 
-_ZYGOTE = Path(__file__).with_name("zygote.py")
 _FILE_NAME = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
-_START_S = 60.0
 _GRACE_S = 10.0
 """How much later than the deadline a reply may be before the zygote itself is taken for dead."""
+_HANG_UP_S = 2.0
+"""How long ``close`` waits for calls in flight to end in order."""
+
+
+class SandboxRefused(InfraFault):
+    """The machine cannot give what mode strict demands. Trying again does not help; the message names the remedies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,38 +99,46 @@ class Sandbox:
     Args:
         workers: calls that run at the same time; more wait their turn.
         timeout_s: wall time of one call.
-        memory_mib: address space of each process, interpreter and libraries (about 150 MiB) included.
+        memory_mib: address space that the code may take, interpreter and preloaded libraries not included.
         output_bytes: how much of stdout and of stderr is kept.
+        mode: ``strict``, ``best_effort`` or ``off`` (module docstring).
     """
 
-    _try: tuple[str, ...] = (
-        "namespaces",
-        "landlock",
-    )  # tests leave some out, to see what a kernel that refuses them gets
+    _use: tuple[str, ...] = ("namespaces", "landlock", "seccomp")
+    """Tests leave some out, to see what a kernel that refuses them gets."""
 
     def __init__(
-        self, *, workers: int = 2, timeout_s: float = 5.0, memory_mib: int = 1024, output_bytes: int = 65536
+        self,
+        *,
+        workers: int = 2,
+        timeout_s: float = 5.0,
+        memory_mib: int = 1024,
+        output_bytes: int = 65536,
+        mode: Mode = "strict",
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         if memory_mib < 256:
-            raise ValueError(f"memory_mib must be at least 256 (numpy and Pillow live in it), got {memory_mib}")
+            raise ValueError(f"memory_mib must be at least 256 (an image and its copies live in it), got {memory_mib}")
         if output_bytes < 1:
             raise ValueError(f"output_bytes must be positive, got {output_bytes}")
+        if mode not in layers.MODES:
+            raise ValueError(f"mode must be one of {', '.join(layers.MODES)}, got {mode!r}")
         self._workers = workers
         self._timeout_s = timeout_s
+        self._mode = mode
         self._settings = {
             "timeout_s": timeout_s,
             "memory_mib": memory_mib,
             "output_bytes": output_bytes,
-            "try": self._try,
+            "use": () if mode == "off" else self._use,
         }
         self._loop: asyncio.AbstractEventLoop | None = None
         self._root: tempfile.TemporaryDirectory[str] | None = None
-        self._slots: asyncio.Queue[_Zygote | None] = asyncio.Queue()  # None: a zygote is to be started here
-        self._zygotes: set[_Zygote] = set()
+        self._slots: asyncio.Queue[Handle | None] = asyncio.Queue()  # None: a zygote is to be started here
+        self._zygotes: set[Handle] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._layers: tuple[str, ...] = ()
         self._closing = asyncio.Lock()
@@ -123,13 +146,25 @@ class Sandbox:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the active confinement layers (module docstring); empty before ``start``."""
+        """Names of the active layers (module docstring); empty before ``start``. Mode off begins with NOT-CONFINED."""
         return self._layers
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Those of ``layers.STRICT`` that are not active; always empty in mode strict. Only known after ``start``."""
+        return layers.missing(self._layers) if self._layers else ()
+
+    @property
+    def summary(self) -> str:
+        """One line for a banner: the mode, what is active and what is not."""
+        lacks = f"; WITHOUT {', '.join(self.missing)}" if self.missing else ""
+        return f"{self._mode}: {', '.join(self._layers)}{lacks}"
 
     async def start(self) -> None:
         """Start the zygotes; nothing to do once they run.
 
         Raises:
+            SandboxRefused: mode strict, and a layer is missing.
             InfraFault: a zygote did not come up (not Linux, numpy or Pillow missing, ...), or the sandbox is closed.
             RuntimeError: the sandbox was started in another event loop.
         """
@@ -179,15 +214,27 @@ class Sandbox:
             idle = []
             while not self._slots.empty():
                 idle.append(self._slots.get_nowait())
-            for zygote in self._zygotes.difference(idle):
-                zygote.kill()  # its call raises InfraFault and gives the slot back
-            while len(idle) < self._workers:
-                idle.append(await self._slots.get())
+            await self._end_calls(idle)
             await asyncio.gather(*[zygote.end() for zygote in self._zygotes], *self._ending)
             self._zygotes.clear()
             await asyncio.to_thread(_remove, self._root)
             for _ in range(self._workers):
                 self._slots.put_nowait(None)  # whoever waits for a turn, now or later, learns that there is none
+
+    async def _end_calls(self, idle: list[Handle | None]) -> None:
+        """Let the calls in flight raise ``InfraFault`` and give their slots back into ``idle``."""
+        busy = self._zygotes.difference(idle)
+        for zygote in busy:
+            zygote.hang_up()
+        try:
+            async with asyncio.timeout(_HANG_UP_S):
+                while len(idle) < self._workers:
+                    idle.append(await self._slots.get())
+        except TimeoutError:
+            for zygote in busy:
+                zygote.kill()
+            while len(idle) < self._workers:
+                idle.append(await self._slots.get())
 
     def _bind(self) -> None:
         """The first use decides on the event loop."""
@@ -202,7 +249,7 @@ class Sandbox:
             raise RuntimeError("this Sandbox was started in another event loop; make one Sandbox per loop")
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[_Zygote]:
+    async def _turn(self) -> AsyncIterator[Handle]:
         """A zygote for one call, started if there is none, thrown away if the call does not end well."""
         if self._closed:
             raise InfraFault("the sandbox is closed")
@@ -225,86 +272,29 @@ class Sandbox:
         finally:
             self._slots.put_nowait(zygote)
 
-    async def _spawn(self) -> _Zygote:
+    async def _spawn(self) -> Handle:
         assert self._root is not None, "start comes first"
-        root = tempfile.mkdtemp(dir=self._root.name)
-        environment = {"LANG": "C.UTF-8", **confine.ONE_THREAD}
-        if "LD_LIBRARY_PATH" in os.environ:  # some Pythons do not start without it
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", str(_ZYGOTE), json.dumps({**self._settings, "root": root})),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                env=environment,
-                cwd="/",
-                start_new_session=True,  # Ctrl-C in a terminal goes to the trainer, which closes the sandbox in order
-            )
-        except OSError as error:
-            raise InfraFault(f"the sandbox could not start {sys.executable}: {error}") from error
-        zygote = _Zygote(process)
+        zygote = await spawn({**self._settings, "root": tempfile.mkdtemp(dir=self._root.name)})
         self._zygotes.add(zygote)
         try:
-            hello, _ = await zygote.ask(b"", _START_S)
+            won = await zygote.hello()
+            absent = layers.missing(won)
+            if self._mode == "strict" and absent:
+                raise SandboxRefused(layers.refusal(absent))
         except BaseException:
             self._discard(zygote)
             raise
-        self._layers = tuple(hello["layers"])
+        self._layers = (layers.NOT_CONFINED, *won) if self._mode == "off" else won
         return zygote
 
-    def _discard(self, zygote: _Zygote) -> None:
-        zygote.kill()
+    def _discard(self, zygote: Handle) -> None:
         self._zygotes.discard(zygote)
+        zygote.hang_up()
         task = asyncio.get_running_loop().create_task(zygote.end())
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
 
-class _Zygote:
-    """One zygote process and its two pipes."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-
-    @property
-    def is_dead(self) -> bool:
-        return self._process.returncode is not None
-
-    async def ask(self, data: bytes, timeout_s: float) -> tuple[dict[str, Any], list[bytes]]:
-        """Send a frame (none if empty) and read the answer. Raises ``InfraFault`` when none comes in time."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None, "opened with PIPE"
-        try:
-            async with asyncio.timeout(timeout_s):
-                stdin.write(data)
-                await stdin.drain()
-                (length,) = frame.LENGTH.unpack(await stdout.readexactly(frame.LENGTH.size))
-                header: dict[str, Any] = json.loads(await stdout.readexactly(length))
-                blobs = [await stdout.readexactly(size) for size in header["sizes"]]
-        except TimeoutError as error:
-            raise InfraFault(f"a sandbox process gave no answer within {timeout_s:g} s") from error
-        except (OSError, asyncio.IncompleteReadError) as error:
-            raise InfraFault("a sandbox process died") from error
-        if "fault" in header:
-            raise InfraFault(f"sandbox: {header['fault']}")
-        return header, blobs
-
-    def kill(self) -> None:
-        if not self.is_dead:
-            with suppress(ProcessLookupError):  # gone in this moment
-                # Not Process.kill, which may reap the child before asyncio's watcher does, and so lose its status.
-                os.kill(self._process.pid, signal.SIGKILL)
-
-    async def end(self) -> None:
-        """Close the pipes, which ends a zygote in good health; kill it otherwise; wait until it is gone."""
-        try:
-            async with asyncio.timeout(2.0):
-                await self._process.communicate(b"")
-        except TimeoutError:
-            self.kill()
-            await self._process.communicate(b"")
-
-
 def _remove(root: tempfile.TemporaryDirectory[str]) -> None:
-    confine.clear_directory(root.name)  # a zygote that was killed may have left a tree that rmtree cannot take
+    output.clear_directory(root.name)  # a zygote that was killed may have left a tree that rmtree cannot take
     root.cleanup()
