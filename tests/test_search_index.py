@@ -1,10 +1,8 @@
-"""The local search tool: any text is a query, answers are deterministic, faults are told apart."""
+"""The local index: any text is a query, answers are deterministic, faults are told apart."""
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +35,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def index(path: Path) -> Iterator[SearchIndex]:
     index = SearchIndex(path)
     yield index
-    asyncio.run(index.close())
+    index.close()
 
 
 def test_the_best_passage_comes_first(index: SearchIndex) -> None:
@@ -54,8 +52,8 @@ def test_equal_scores_come_in_order_of_insertion(index: SearchIndex) -> None:
 
 def test_top_k_bounds_the_answer(path: Path) -> None:
     index = SearchIndex(path, top_k=2)
-    assert len(index.search("zebra")) == 2
-    asyncio.run(index.close())
+    assert (len(index.search("zebra")), len(index.search("zebra", 1))) == (2, 1)
+    index.close()
 
 
 def test_accents_and_case_do_not_matter(index: SearchIndex) -> None:
@@ -89,45 +87,15 @@ def test_long_queries_are_cut() -> None:
     assert words == [f'"w{i}"' for i in range(MAX_TERMS)]
 
 
-def test_a_call_answers_in_the_scaffold_form(index: SearchIndex) -> None:
-    result = asyncio.run(index.call("Louvre"))
-    assert result.error is None
-    assert result.text == "1. Content:The Louvre is a museum in Paris, France."
-    assert (
-        asyncio.run(index.call("zebra")).text
-        == "1. Content:zebra crossing 2. Content:zebra crossing 3. Content:zebra crossing"
-    )
-
-
-def test_a_long_passage_is_cut(path: Path) -> None:
-    index = SearchIndex(path, passage_limit=8)
-    assert index.render(index.search("eiffel")) == "1. Content:The Eiff"
-    asyncio.run(index.close())
-
-
-def test_no_hit_is_said(index: SearchIndex) -> None:
-    result = asyncio.run(index.call("quetzalcoatl"))
-    assert (result.text, result.error) == ("No results.", None)
-
-
-@pytest.mark.parametrize("query", ["", "  \n", "?!", '"""'])
-def test_a_query_without_a_word_is_the_models_error(index: SearchIndex, query: str) -> None:
-    result = asyncio.run(index.call(query))
-    assert (result.text, result.error) == ("", "the query holds no word")
+@pytest.mark.parametrize("query", ["", "  \n", "?!", '"""', "quetzalcoatl"])
+def test_nothing_is_found_without_a_word_that_matches(index: SearchIndex, query: str) -> None:
+    assert index.search(query) == []
 
 
 def test_many_threads_get_the_same_answer(index: SearchIndex) -> None:
     queries = ["eiffel", "zebra", "cafe", "paris"] * 50
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(index.search, queries)) == [index.search(query) for query in queries]
-
-
-def test_many_calls_at_once_get_their_own_answer(index: SearchIndex) -> None:
-    async def calls() -> list[str]:
-        return [result.text for result in await asyncio.gather(*[index.call(q) for q in ("louvre", "barcelona") * 20])]
-
-    texts = asyncio.run(calls())
-    assert all("Louvre" in text for text in texts[::2]) and all("Barcelona" in text for text in texts[1::2])
 
 
 def test_a_missing_file_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -160,7 +128,7 @@ def test_a_file_that_breaks_later_is_an_infra_fault(tmp_path: Path) -> None:
         file.write(b"\xff" * (path.stat().st_size - 8192))
     with pytest.raises(InfraFault, match=r"index\.sqlite failed"):
         index.search("common word7")
-    asyncio.run(index.close())
+    index.close()
 
 
 def test_a_slow_query_is_an_infra_fault(tmp_path: Path) -> None:
@@ -169,7 +137,7 @@ def test_a_slow_query_is_an_infra_fault(tmp_path: Path) -> None:
     index = SearchIndex(path, timeout_s=1e-6)
     with pytest.raises(InfraFault, match="longer than timeout_s"):
         index.search("common")
-    asyncio.run(index.close())
+    index.close()
 
 
 def test_a_failed_build_leaves_the_old_index(tmp_path: Path) -> None:
@@ -182,7 +150,7 @@ def test_a_failed_build_leaves_the_old_index(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["index.sqlite"]
     index = SearchIndex(path)
     assert index.search("first") == [Passage("old", "first")]
-    asyncio.run(index.close())
+    index.close()
 
 
 def test_a_rebuild_does_not_disturb_an_open_index(tmp_path: Path) -> None:
@@ -192,8 +160,8 @@ def test_a_rebuild_does_not_disturb_an_open_index(tmp_path: Path) -> None:
     build_index(path, [("new", "second")])
     new = SearchIndex(path)
     assert (old.search("first"), new.search("first")) == ([Passage("old", "first")], [])
-    asyncio.run(old.close())
-    asyncio.run(new.close())
+    old.close()
+    new.close()
 
 
 def test_paths_with_uri_characters_work(tmp_path: Path) -> None:
@@ -201,22 +169,43 @@ def test_paths_with_uri_characters_work(tmp_path: Path) -> None:
     build_index(path, PASSAGES)
     index = SearchIndex(path)
     assert index.search("zebra")
-    asyncio.run(index.close())
+    index.close()
 
 
-def test_close_releases_threads_and_connections(path: Path) -> None:
+def test_a_closed_index_says_so(path: Path) -> None:
     index = SearchIndex(path)
-    asyncio.run(index.call("zebra"))
-    asyncio.run(index.close())
-    asyncio.run(index.close())
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("search-index")]
+    index.search("zebra")
+    index.close()
+    index.close()
     with pytest.raises(InfraFault, match="closed"):
         index.search("zebra")
-    with pytest.raises(InfraFault, match="closed"):
-        asyncio.run(index.call("zebra"))
 
 
-@pytest.mark.parametrize("setting", [{"top_k": 0}, {"timeout_s": 0.0}, {"passage_limit": 0}])
+def test_another_content_has_another_identity(tmp_path: Path) -> None:
+    path = tmp_path / "index.sqlite"
+    build_index(path, [("", "first")])
+    first = SearchIndex(path).identity
+    assert SearchIndex(path).identity == first
+    build_index(path, [("", "second")])
+    assert SearchIndex(path).identity != first
+
+
+def test_a_word_of_most_passages_is_left_out_beside_a_rarer_one(tmp_path: Path) -> None:
+    path = tmp_path / "index.sqlite"
+    build_index(path, ((f"t{i}", f"the{' of' * (i % 4 > 0)} thing{i % 50}") for i in range(2500)))
+    index = SearchIndex(path)
+    assert [passage.title for passage in index.search("the thing7 t7", 2)] == ["t7", "t57"]
+    assert index.search("THE thing7") == index.search("thing7")
+    assert len(index.search("the of", 3)) == 3  # of common words the rarest stays
+    assert match_expression("the of", {"the": 2500, "of": 1875}) == '"of"'
+    index.close()
+
+
+def test_no_word_is_common_in_a_small_index(path: Path) -> None:
+    assert SearchIndex(path).search("the", 1)  # in a third of the passages
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 0}, {"timeout_s": 0.0}])
 def test_a_bad_setting_is_named(path: Path, setting: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(setting))):
         SearchIndex(path, **setting)  # type: ignore[arg-type]

@@ -24,7 +24,9 @@ from arft_fast.tasks.mini_corpus import (
     people,
 )
 from arft_fast.tasks.slips import slip_format
+from arft_fast.tools.search import Search
 from arft_fast.tools.search_index import SearchIndex
+from arft_fast.tools.search_local import LocalSearch
 from arft_fast.tools.tool import Tool, ToolResult
 from arft_fast.trajectory import Prompt, Trajectory, Turn
 
@@ -33,13 +35,19 @@ _SEARCH_THOUGHT, _ANSWER_THOUGHT = "I look it up.", "I found it."
 
 
 class MiniSearch:
-    """Questions about invented people; see ``tasks.task.Task`` for the contract."""
+    """Questions about invented people; see ``tasks.task.Task`` for the contract.
+
+    Args:
+        index: over ``mini_corpus``; demonstrations look things up in it.
+        search: the tool of the rollouts; None searches ``index``.
+    """
 
     name = "mini_search"
     stepwise = False
 
-    def __init__(self, index: SearchIndex, *, seed: int = 0) -> None:
-        self.tools: Mapping[str, Tool] = {"search": index}
+    def __init__(self, index: SearchIndex, *, search: Search | None = None, seed: int = 0) -> None:
+        self._search = search or Search(LocalSearch(index), top_k=index.top_k)
+        self.tools: Mapping[str, Tool] = {"search": self._search}
         self._index = index
         self._seed = seed
 
@@ -85,7 +93,7 @@ class MiniSearch:
         if rng.random() < slip_rate:
             answer = rng.choice(CITIES if answer in CITIES else JOBS)
         passages = self._index.search(query)
-        found = ToolResult(text=self._index.render(passages))
+        found = ToolResult(text=self._search.render(passages))
         turns = [
             Turn(role="assistant", text=render_turn(_SEARCH_THOUGHT, "search", query)),
             Turn(

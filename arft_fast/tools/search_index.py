@@ -1,33 +1,35 @@
-"""The search tool without a server: BM25 over a local SQLite FTS5 file.
+"""A search without a server or a dependency: BM25 over a local SQLite FTS5 file.
 
-Deterministic (equal scores in order of insertion), read-only, safe from many threads. Words are matched as SQLite's
-``unicode61`` tokenizer cuts them, diacritics removed: scripts without spaces between words are matched poorly.
+Deterministic (equal scores in order of insertion), read-only, safe from many threads and processes. Words are matched
+as SQLite's ``unicode61`` tokenizer cuts them, diacritics removed: scripts without spaces between words are matched
+poorly.
+
+FTS5 scores every passage that holds any word of the query, so a word that is in more than a tenth of all passages, and
+in more than 2,000, is left out of the query when a rarer one is there: it says little about which passage is meant and
+costs nearly all of the time. Above a million passages ``search_tantivy``, which skips what cannot win, is the better
+choice.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-from arft_fast.tools.tool import InfraFault, ToolResult
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from arft_fast.tools.search import MAX_QUERY_CHARACTERS, Passage
+from arft_fast.tools.tool import InfraFault
 
 MAX_TERMS = 64
-MAX_QUERY_CHARACTERS = 4096
+COMMON_SHARE = 0.1
+COMMON_PASSAGES = 2000
+"""A word is common when it is in more passages than both this number and ``COMMON_SHARE`` of all."""
 _APPLICATION_ID = 0x41524654  # "ARFT": tells our files from any other SQLite file
-_VERSION = 1
-_THREADS = 4
+_VERSION = 2
 _TERM = re.compile(r"\w+")
 _STEPS_BETWEEN_CHECKS = 10_000  # of SQLite's virtual machine: well under a millisecond
 
@@ -36,13 +38,6 @@ SELECT title, text FROM passages
 JOIN (SELECT rowid AS id, bm25(passages) AS score FROM passages WHERE passages MATCH ? ORDER BY score, id LIMIT ?)
 ON passages.rowid = id ORDER BY score, id
 """  # texts are read for the winners only
-
-
-class Passage(NamedTuple):
-    """One thing that can be found. Both fields are searched."""
-
-    title: str
-    text: str
 
 
 def build_index(path: str | Path, passages: Iterable[tuple[str, str]]) -> None:
@@ -62,11 +57,14 @@ def build_index(path: str | Path, passages: Iterable[tuple[str, str]]) -> None:
             connection.execute("PRAGMA journal_mode = OFF")  # a draft that breaks is thrown away
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {_VERSION}")
-            _create_table(connection)
-            connection.executemany("INSERT INTO passages (title, text) VALUES (?, ?)", _checked(passages))
-            if connection.execute("SELECT count(*) FROM passages").fetchone() == (0,):
+            _create_tables(connection)
+            connection.executemany("INSERT INTO passages (title, text) VALUES (?, ?)", checked(passages))
+            (count,) = connection.execute("SELECT count(*) FROM passages").fetchone()
+            if not count:
                 raise ValueError("passages is empty: give at least one (title, text)")
             connection.execute("INSERT INTO passages (passages) VALUES ('optimize')")
+            limit = max(COMMON_PASSAGES, int(COMMON_SHARE * count))
+            connection.execute("INSERT INTO common SELECT term, doc FROM temp.vocabulary WHERE doc > ?", (limit,))
             connection.commit()
         finally:
             connection.close()
@@ -74,43 +72,40 @@ def build_index(path: str | Path, passages: Iterable[tuple[str, str]]) -> None:
 
 
 class SearchIndex:
-    """A file of ``build_index``, searched. ``close`` releases threads and connections.
+    """A file of ``build_index``, searched. ``close`` releases its connections.
 
     Args:
         path: the file; it is never written.
-        top_k: passages of one answer.
+        top_k: passages of one answer, where a query does not say.
         timeout_s: bound on one query.
-        passage_limit: characters of one passage in ``render``.
 
     Raises:
         ValueError: ``path`` does not exist or is no such file.
     """
 
-    name = "search"
-
-    def __init__(self, path: str | Path, *, top_k: int = 3, timeout_s: float = 5.0, passage_limit: int = 2000) -> None:
+    def __init__(self, path: str | Path, *, top_k: int = 3, timeout_s: float = 5.0) -> None:
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
-        if passage_limit < 1:
-            raise ValueError(f"passage_limit must be at least 1, got {passage_limit}")
         self._path = Path(path).absolute()
-        self._top_k = top_k
+        self.name = f"BM25 over {self._path.name}"
+        self.top_k = top_k
         self._timeout_s = timeout_s
-        self._passage_limit = passage_limit
         self._closed = False
         # Connections wait here between queries: one for each query that ever ran at the same time, whatever its thread.
         self._idle = [_open(self._path)]
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="search-index")
+        self._common: Mapping[str, int] = dict(self._idle[0].execute("SELECT term, passages FROM common"))
+        written = self._path.stat()
+        self.identity = f"fts5:{self._path.name}:{written.st_size}:{written.st_mtime_ns}"
 
-    def search(self, query: str) -> list[Passage]:
+    def search(self, query: str, top_k: int | None = None) -> list[Passage]:
         """The best ``top_k`` passages for any word of ``query``, best first. Any text is a query; no word, no passage.
 
         Raises:
             InfraFault: the file broke, ``timeout_s`` passed, or the index is closed.
         """
-        expression = match_expression(query)
+        expression = match_expression(query, self._common)
         if not expression:
             return []
         if self._closed:
@@ -125,7 +120,7 @@ class SearchIndex:
         deadline = time.monotonic() + self._timeout_s
         connection.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS_BETWEEN_CHECKS)
         try:
-            rows = connection.execute(_SEARCH, (expression, self._top_k)).fetchall()
+            rows = connection.execute(_SEARCH, (expression, top_k or self.top_k)).fetchall()
         except sqlite3.Error as error:
             connection.close()
             late = time.monotonic() > deadline
@@ -136,35 +131,9 @@ class SearchIndex:
             self._close_idle()
         return [Passage(*row) for row in rows]
 
-    def render(self, passages: Sequence[Passage]) -> str:
-        """``1. Content:<text> 2. Content:<text>``: the form of Visual-ARFT's scaffold, without the tags around it."""
-        texts = [" ".join(passage.text.split())[: self._passage_limit] for passage in passages]
-        return " ".join(f"{i}. Content:{text}" for i, text in enumerate(texts, start=1)) or "No results."
-
-    async def call(self, argument: str, image: Image | None = None) -> ToolResult:
-        """Search for ``argument``; ``image`` plays no part.
-
-        Raises:
-            InfraFault: see ``search``.
-        """
-        started = time.perf_counter()
-        text, error = "", None
-        if not match_expression(argument):
-            error = "the query holds no word"
-        elif self._closed:
-            raise InfraFault(f"search index {self._path} is closed")
-        else:
-            text = self.render(await asyncio.get_running_loop().run_in_executor(self._threads, self.search, argument))
-        return ToolResult(text=text, error=error, seconds=time.perf_counter() - started)
-
-    async def start(self) -> str:
-        """Nothing is to be started: the file was opened and checked when this object was made."""
-        return f"{self.name}: BM25 over {self._path.name}, top {self._top_k}"
-
-    async def close(self) -> None:
-        """Wait for the queries under way, then release everything. Idempotent."""
+    def close(self) -> None:
+        """Release everything, what a query under way uses when it ends. Idempotent."""
         self._closed = True
-        await asyncio.to_thread(self._threads.shutdown)
         self._close_idle()
 
     def _close_idle(self) -> None:
@@ -172,29 +141,40 @@ class SearchIndex:
             self._idle.pop().close()
 
 
-def match_expression(query: str) -> str:
+def query_words(query: str) -> list[str]:
+    """The first ``MAX_TERMS`` different words of ``query``, in lower case: letters, digits and underscores only."""
+    return list(dict.fromkeys(word.lower() for word in _TERM.findall(query[:MAX_QUERY_CHARACTERS])))[:MAX_TERMS]
+
+
+def match_expression(query: str, common: Mapping[str, int] | None = None) -> str:
     """An FTS5 expression that matches any word of ``query``; empty when it holds none.
 
-    Every word stands in quotes and holds letters, digits and underscores only, so nothing in it is syntax.
+    Every word stands in quotes, so nothing in it is syntax. Words of ``common`` (with the number of their passages) are
+    left out; when all are common, the rarest stays.
     """
-    words = dict.fromkeys(word.lower() for word in _TERM.findall(query[:MAX_QUERY_CHARACTERS]))
-    return " OR ".join(f'"{word}"' for word in list(words)[:MAX_TERMS])
+    words = query_words(query)
+    if common and words:
+        words = [word for word in words if word not in common] or [min(words, key=lambda word: common[word])]
+    return " OR ".join(f'"{word}"' for word in words)
 
 
-def _checked(passages: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+def checked(passages: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    """``passages``, each with text; ``ValueError`` names the first without."""
     for number, (title, text) in enumerate(passages):
         if not text.strip():
             raise ValueError(f"passages[{number}] ({title!r}) has no text")
         yield title, text
 
 
-def _create_table(connection: sqlite3.Connection) -> None:
+def _create_tables(connection: sqlite3.Connection) -> None:
     try:
         connection.execute(
             "CREATE VIRTUAL TABLE passages USING fts5 (title, text, tokenize = 'unicode61 remove_diacritics 2')"
         )
     except sqlite3.OperationalError as error:
         raise RuntimeError(f"SQLite {sqlite3.sqlite_version} lacks FTS5; use a Python whose sqlite3 has it") from error
+    connection.execute("CREATE TABLE common (term TEXT PRIMARY KEY, passages INTEGER) WITHOUT ROWID")
+    connection.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab (main, passages, row)")
 
 
 def _open(path: Path) -> sqlite3.Connection:
