@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from arft_fast.tools.bounds import ERROR_LIMIT
 from arft_fast.tools.images import decode_image, encode_jpeg
-from arft_fast.tools.python_image_code import ERROR_LIMIT, PythonImageCode, first_python_block
+from arft_fast.tools.python_image_code import FAITHFUL_ERROR, PythonImageCode, first_python_block
 from arft_fast.tools.sandbox import Sandbox
 from arft_fast.tools.tool import InfraFault, ToolResult
 
@@ -61,9 +62,62 @@ def test_printed_text_is_bounded(call: Call) -> None:
     assert call(fenced("print('x' * 10_000)")).text == "x" * 100
 
 
-def test_a_failure_keeps_the_printed_text(call: Call) -> None:
+def test_a_failure_keeps_the_printed_text_and_the_traceback(call: Call) -> None:
     result = call(fenced("print('so far')\n1 / 0"))
-    assert (result.text, result.error, list(result.images)) == ("so far\n", "ZeroDivisionError: division by zero", [])
+    assert (result.error, list(result.images)) == ("ZeroDivisionError: division by zero", [])
+    printed, _, traceback = result.text.partition("\nstderr:\n")
+    assert printed == "so far"
+    assert traceback.endswith('  File "<code>", line 2, in <module>\nZeroDivisionError: division by zero')
+
+
+def test_standard_error_comes_back_without_a_failure_too(call: Call) -> None:
+    result = call(
+        fenced(OPEN + "import sys; print('careful', file=sys.stderr)\nimage.save('path_to_output_image.jpg')")
+    )
+    assert (result.text, result.error, len(result.images)) == ("stderr:\ncareful", None, 1)
+
+
+def test_of_standard_error_the_end_is_kept(call: Call) -> None:
+    result = call(fenced("import sys; sys.stderr.write('a' * 500 + 'b\\x1b' * 80 + '\\n'); print('out')"))
+    assert result.text == "out\nstderr:\n" + "a" * 20 + "b" * 80
+
+
+def test_each_call_works_on_the_image_before_it(call: Call) -> None:
+    first = call(saves("image.crop((0, 0, 60, 40))")).images[0]
+    second = call(saves("image.rotate(90, expand=True)"), first).images[0]
+    assert (first.size, second.size) == ((60, 40), (40, 60))
+    assert second.tobytes() == decode_image(encode_jpeg(first)).rotate(90, expand=True).tobytes()
+
+
+def test_of_the_written_file_only_pixels_come_back(call: Call) -> None:
+    code = OPEN + "image.save('path_to_output_image.jpg', comment=b'gold answer', icc_profile=b'profile')"
+    (image,) = call(fenced(code)).images
+    assert image.info == {} and not hasattr(image, "filename")
+
+
+def test_a_pickle_is_no_image(call: Call) -> None:
+    code = "import pickle\npickle.dump(print, open('path_to_output_image.jpg', 'wb'))"
+    assert call(fenced(code)).error == "not a readable PNG, JPEG, WEBP, BMP image"
+
+
+def test_a_faithful_tool_tells_neither_the_reason_nor_what_was_printed() -> None:
+    async def use() -> list[ToolResult]:
+        tool = PythonImageCode(Sandbox(workers=1), faithful=True)
+        try:
+            return [
+                await tool.call(argument, PICTURE)
+                for argument in (
+                    fenced("print('x'); 1 / 0"),
+                    "no code",
+                    fenced(f"print('x')\n{OPEN}image.save('x.png')"),
+                )
+            ] + [await tool.call(saves("image"), PICTURE)]
+        finally:
+            await tool.close()
+
+    *failures, success = asyncio.run(use())
+    assert [(each.text, each.error, len(each.images)) for each in failures] == [("", FAITHFUL_ERROR, 0)] * 3
+    assert (success.text, success.error, len(success.images)) == ("", None, 1)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +126,7 @@ def test_a_failure_keeps_the_printed_text(call: Call) -> None:
         ("pass", "no image was written to 'path_to_output_image.jpg'"),
         ("open('path_to_output_image.jpg', 'w').write('no image')", "not a readable PNG, JPEG, WEBP, BMP image"),
         ("open('path_to_output_image.jpg', 'w')", "image is empty (0 bytes)"),
-        ("import os; os.mkfifo('path_to_output_image.jpg')", "path_to_output_image.jpg is not a regular file"),
+        ("import os; os.mkdir('path_to_output_image.jpg')", "path_to_output_image.jpg is not a regular file"),
         ("x = [0] * 10 ** 10", "MemoryError"),
         ("import os; os._exit(9)", "exited with status 9"),
         ("while True: pass", "timed out after 1 s"),

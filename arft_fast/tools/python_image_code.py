@@ -1,7 +1,9 @@
 """The code tool: Python that the model wrote, on the episode's image, in a sandbox.
 
 The code reads ``path_to_input_image.jpg`` and writes ``path_to_output_image.jpg`` in its working directory
-(arXiv 2505.14246, section 3; the file names are those of its prompts). What it prints comes back as text.
+(arXiv 2505.14246, section 3; the file names are those of its prompts). The image that it writes becomes the episode's
+current one, so the next call reads it. What it prints comes back as text, standard output first, then, under a line
+``stderr:``, the end of standard error: warnings, and the traceback of an exception.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from arft_fast.tools.bounds import MAX_OUTPUT_PIXELS, check_size, error_line, printable
 from arft_fast.tools.images import ImageRejected, decode_image, encode_jpeg
-from arft_fast.tools.sandbox import Sandbox
+from arft_fast.tools.sandbox import Sandbox, SandboxResult
 from arft_fast.tools.tool import ToolResult
 
 if TYPE_CHECKING:
@@ -19,11 +22,8 @@ if TYPE_CHECKING:
 
 INPUT_NAME = "path_to_input_image.jpg"
 OUTPUT_NAME = "path_to_output_image.jpg"
-MAX_OUTPUT_PIXELS = 4_000_000
-MAX_ASPECT_RATIO = 100
-"""Longest side over shortest. Qwen2-VL's image processor raises above 200: a trajectory must not die of it."""
-ERROR_LIMIT = 300
-"""Characters of an error line."""
+FAITHFUL_ERROR = "failed"
+"""All that a ``faithful`` tool says of a failure."""
 
 _FENCE = "```"
 
@@ -33,16 +33,19 @@ class PythonImageCode:
 
     Args:
         sandbox: where the code runs; one may serve many tools, calls take turns.
-        text_limit: characters of standard output that are kept.
+        text_limit: characters that are kept of standard output (its beginning), and of standard error (its end).
+        faithful: as the released scaffold of arXiv 2505.14246 has it: nothing that the code printed comes back, and a
+            failure comes back without its reason, as ``FAITHFUL_ERROR``.
     """
 
     name = "code"
 
-    def __init__(self, sandbox: Sandbox, *, text_limit: int = 1000) -> None:
+    def __init__(self, sandbox: Sandbox, *, text_limit: int = 1000, faithful: bool = False) -> None:
         if text_limit < 0:
             raise ValueError(f"text_limit must not be negative, got {text_limit}")
         self._sandbox = sandbox
         self._text_limit = text_limit
+        self._faithful = faithful
 
     async def call(self, argument: str, image: Image | None = None) -> ToolResult:
         """Run the code; ``images`` holds the one image that it wrote, as RGB pixels decoded here.
@@ -61,22 +64,32 @@ class PythonImageCode:
         else:
             files = {} if image is None else {INPUT_NAME: await asyncio.to_thread(encode_jpeg, image)}
             result = await self._sandbox.run(code, files, [OUTPUT_NAME])
-            text, error = _printable(result.stdout)[: self._text_limit], result.error
+            text, error = self._text(result), result.error
             if error is None:
                 try:
                     images = [await asyncio.to_thread(_output_image, result.files.get(OUTPUT_NAME))]
                 except ImageRejected as rejected:
                     error = str(rejected)
-        return ToolResult(text=text, images=images, error=_one_line(error), seconds=time.perf_counter() - started)
+        if self._faithful:
+            text, error = "", None if error is None else FAITHFUL_ERROR
+        elif error is not None:
+            error = error_line(error)
+        return ToolResult(text=text, images=images, error=error, seconds=time.perf_counter() - started)
+
+    def _text(self, result: SandboxResult) -> str:
+        out = printable(result.stdout)[: self._text_limit]
+        err = printable(result.stderr).strip()
+        err = err[max(0, len(err) - self._text_limit) :]
+        return "\n".join(filter(None, [out.rstrip("\n"), "stderr:", err])) if err else out
 
     async def start(self) -> str:
-        """Start the sandbox; the line names its active layers.
+        """Start the sandbox; the line names its mode and its layers.
 
         Raises:
             InfraFault: the sandbox cannot start here.
         """
         await self._sandbox.start()
-        return f"{self.name}: sandbox with {', '.join(self._sandbox.layers)}"
+        return f"{self.name}: sandbox {self._sandbox.summary}"
 
     async def close(self) -> None:
         await self._sandbox.close()
@@ -99,17 +112,5 @@ def _output_image(data: bytes | None) -> Image:
     if data is None:
         raise ImageRejected(f"no image was written to '{OUTPUT_NAME}'")
     image = decode_image(data, max_pixels=MAX_OUTPUT_PIXELS)
-    width, height = image.size
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        narrow = f"one side over {MAX_ASPECT_RATIO} times the other; make it less narrow"
-        raise ImageRejected(f"image is {width}x{height}, {narrow}")
+    check_size(*image.size)
     return image
-
-
-def _printable(text: str) -> str:
-    """Without control characters: terminal escapes say nothing to a model and harm a reader's screen."""
-    return "".join(character for character in text if character.isprintable() or character in "\n\t")
-
-
-def _one_line(error: str | None) -> str | None:
-    return None if error is None else _printable(" ".join(error.split()))[:ERROR_LIMIT]
