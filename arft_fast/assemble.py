@@ -8,13 +8,14 @@ import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from arft_fast.assemble_tools import open_code, open_search, refuse_idle_search, with_own_tools
 from arft_fast.config import Config, ConfigError
 from arft_fast.observe.timeline import Timeline
 from arft_fast.policy.model import Policy, check_source, load_policy
@@ -36,8 +37,6 @@ from arft_fast.tasks.mini_search import MiniSearch
 from arft_fast.tasks.mixture import Mixture
 from arft_fast.tasks.task import Task
 from arft_fast.tools.executor import ToolExecutor
-from arft_fast.tools.python_image_code import PythonImageCode
-from arft_fast.tools.sandbox import Sandbox
 from arft_fast.tools.search_index import SearchIndex, build_index
 
 _TOKENIZER_PROMPTS = 600  # a task's items that the tiny policy's tokenizer is trained on
@@ -74,32 +73,30 @@ def open_ranks(config: Config) -> Iterator[Ranks]:
 
 
 @contextmanager
-def open_tasks(config: Config) -> Iterator[Mixture]:
-    """The tasks that ``task.name`` lists, with their live tools; the search index lives as long as the context.
+def open_tasks(config: Config, ranks: Ranks) -> Iterator[Mixture]:
+    """The tasks that ``task.name`` lists, with their live tools; bundled indexes live as long as the context.
 
     Raises:
-        ConfigError: an unknown task, or data that is missing or malformed.
+        ConfigError: an unknown task; data that is missing or malformed; a tool that cannot be made as it is set up.
     """
-    settings, tasks = config.task, list[Task]()
-    with tempfile.TemporaryDirectory(prefix="arft-index-") as scratch:
-        for name in settings.name:
+    tasks = list[Task]()
+    with ExitStack() as stack:
+        for name in config.task.name:
             match name:
                 case "mini_coding":
-                    sandbox = Sandbox(
-                        workers=settings.code_workers,
-                        timeout_s=settings.code_timeout_s,
-                        memory_mib=settings.code_memory_mib,
-                    )
-                    tasks.append(MiniCoding(PythonImageCode(sandbox), seed=config.train.seed))
+                    tasks.append(MiniCoding(open_code(config), seed=config.train.seed))
                 case "mini_search":
-                    path = Path(scratch) / "mini.sqlite"
+                    path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="arft-index-"))) / "mini.sqlite"
                     build_index(path, corpus_passages())
-                    tasks.append(MiniSearch(SearchIndex(path, top_k=settings.top_k), seed=config.train.seed))
+                    index = stack.enter_context(closing(SearchIndex(path, top_k=config.task.top_k)))
+                    search = open_search(config, index, ranks)
+                    tasks.append(MiniSearch(index, search=search, seed=config.train.seed))
                 case "mat_coding" | "mat_search":
                     tasks.append(_mat_task(name, config))
                 case _:
                     raise ConfigError(f"--task.name: no task {name!r} (choose among {', '.join(TASK_NAMES)})")
-        yield Mixture(tasks)
+        refuse_idle_search(config, tasks)
+        yield Mixture(with_own_tools(config, tasks))
 
 
 def _mat_task(name: str, config: Config) -> Task:
@@ -274,8 +271,10 @@ def open_agents(
         max_tokens=settings.max_tokens,
         trajectory_timeout_s=settings.trajectory_timeout_s,
     )
-    deadline_s = 4 * config.task.code_timeout_s + 30  # waiting for a free worker included
-    tools = ToolExecutor(deadline_s=deadline_s, timeline=timeline)
+    # Above the tools' own deadlines. Of the code, as much waits in the sandbox as runs there, so that no worker idles;
+    # the rest waits in the executor, which does not count against its deadline.
+    deadline_s = max(60.0, 4 * config.task.code_timeout_s + 30, config.search.timeout_s + 15)
+    tools = ToolExecutor(deadline_s=deadline_s, concurrency={"code": 2 * config.task.code_workers}, timeline=timeline)
     sampling = sampling or SamplingSettings(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
     )

@@ -37,6 +37,7 @@ def cold_start(
                 "cold_start": {name: value for name, value in asdict(settings).items() if name != "cache"},
                 "policy": asdict(config.policy),
                 "task": asdict(config.task),
+                "search": {"form": config.search.form, "passage_limit": config.search.passage_limit},
                 "max_tokens": config.rollout.max_tokens,
                 "seed": config.train.seed,
                 "micro_batch_tokens": config.train.micro_batch_tokens,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -87,13 +88,19 @@ class TaskConfig(_Section):
     max_turns: int = 4
     """Turns of the model in one trajectory."""
     top_k: int = 1
-    """Passages that one search returns."""
+    """Passages that one search returns, up to 100."""
+    tools: tuple[str, ...] = ()
+    """Tools of your own, for every task: MODULE:ATTRIBUTE of a typed function, a class or a tool; prompts show them."""
+    sandbox: Literal["strict", "best_effort", "off"] = "strict"
+    """Confinement of the model's code: all layers or no run, what the machine gives, or nearly none."""
     code_timeout_s: float = 5.0
     """Wall time that one piece of the model's code may take."""
     code_memory_mib: int = 1024
     """Memory that one piece of the model's code may take."""
     code_workers: int = 2
     """Sandbox processes that run the model's code."""
+    code_faithful: bool = False
+    """As Visual-ARFT released it: a failure comes back without its reason, and nothing that the code prints."""
     fidelity: Literal["faithful", "corrected"] = "corrected"
     """Rewards as Visual-ARFT released them, quirks included, or with the quirks mended."""
 
@@ -101,8 +108,75 @@ class TaskConfig(_Section):
         if not self.name or len(set(self.name)) < len(self.name):
             raise BadValue("task.name", f"is {' '.join(self.name) or 'empty'} (give one or more different task names)")
         self._at_least(1, "max_turns", "top_k", "code_workers")
+        if self.top_k > 100:
+            self._refuse("top_k", "give 100 or less")
         self._at_least(256, "code_memory_mib")
         self._positive("code_timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(_Section):
+    """What a search asks, and what stands in between."""
+
+    _name = "search"
+
+    backend: Literal["auto", "fts5", "tantivy", "serper", "retrieve"] = "auto"
+    """The task's own index (auto), an index of yours (SQLite's FTS5, tantivy), Google by Serper, a retrieval server."""
+    index: Path | None = None
+    """What python -m arft_fast.tools.build_index wrote: a file (fts5) or a folder (tantivy)."""
+    url: str | None = None
+    """Endpoint of the retrieval server, such as http://HOST:8000/retrieve."""
+    key_variable: str = "SERPER_API_KEY"
+    """Name of the environment variable that holds Serper's key. The key itself is no setting."""
+    form: Literal["paper", "readable"] = "paper"
+    """An answer as in Visual-ARFT ("1. Content:TEXT 2. Content:TEXT"), or a line with the title for each passage."""
+    timeout_s: float = 45.0
+    """Wall time of one search, tries included."""
+    passage_limit: int = 2000
+    """Characters of a passage that the model sees."""
+    cache: Path | None = None
+    """File that keeps answers for all ranks and for later runs; None = off."""
+    ttl_s: float = 2592000.0
+    """How long the cache holds an answer to be good."""
+    rate_per_s: float | None = None
+    """Searches a second that all ranks together may send; None = no limit."""
+    burst: int = 1
+    """Searches that may be sent at once after a quiet time."""
+    budget: int | None = None
+    """Paid searches that a run may make, all ranks together, beside one a rank at the start; None = no limit."""
+    record: Path | None = None
+    """File that answers are written to, for a replay."""
+    replay: Path | None = None
+    """Recording that answers instead of the backend: no network, no key, no index."""
+
+    def __post_init__(self) -> None:
+        self._positive("timeout_s", "ttl_s", *(["rate_per_s"] if self.rate_per_s is not None else []))
+        self._at_least(1, "passage_limit", "burst")
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable):  # not shown: it may be the key
+            raise BadValue("search.key_variable", "is no name (give that of a variable: capitals, digits, underscores)")
+        self._belongs_to("index", "fts5", "tantivy")
+        self._belongs_to("url", "retrieve")
+        if self.record is not None and self.replay is not None:
+            self._refuse("record", "give it or --search.replay, not both")
+        if self.cache is not None and self.backend == "auto":
+            self._refuse("cache", "give another --search.backend with it: the task's own index needs none")
+        for name, default in (("rate_per_s", None), ("budget", None), ("burst", 1)):
+            if self.cache is None and getattr(self, name) != default:
+                self._refuse(name, "give --search.cache with it, the file in which ranks share it")
+        if self.budget is not None:
+            self._at_least(0, "budget")
+            if self.backend != "serper":
+                self._refuse("budget", "give --search.backend serper with it: no other one is paid")
+        if self.burst > 1 and self.rate_per_s is None:
+            self._refuse("burst", "give --search.rate_per_s with it")
+
+    def _belongs_to(self, name: str, *backends: str) -> None:
+        """Given with one of ``backends``, which need it (a replay needs nothing), and with no other."""
+        given, serves = getattr(self, name) is not None, self.backend in backends
+        if given and not serves:
+            self._refuse(name, f"give --search.backend {' or '.join(backends)} with it")
+        if serves and not given and self.replay is None:
+            self._refuse(name, f"give it with --search.backend {self.backend}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +381,7 @@ class Config:
     """Recipe: a bundled name or a .toml file. Repeatable; a later one beats an earlier one, a flag beats them all."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -326,7 +401,7 @@ def config_toml(config: Config) -> str:
     """
     lines = ["# A run's settings, resolved: --config with this file repeats it."]
     sections = asdict(config)
-    for name in ("policy", "task", "rollout", "cold_start", "train", "eval"):
+    for name in ("policy", "task", "search", "rollout", "cold_start", "train", "eval"):
         lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in sections[name].items())]
     return "\n".join(lines) + "\n"
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from arft_fast.assemble import check_parts, open_agents, open_engine, open_policy, open_ranks, open_tasks
+from arft_fast.assemble_tools import running_tools
 from arft_fast.config import Config, ConfigError
 from arft_fast.flags import load_config, one_line_errors
 from arft_fast.observe.console import Console
@@ -68,7 +69,7 @@ async def evaluate(
 
 
 async def _run(config: Config, ranks: Ranks, mixture: Mixture, stop: StopSignal) -> dict[str, Evaluation]:
-    async with mixture.running_tools():
+    async with running_tools(mixture, ranks):
         policy = open_policy(config, mixture, ranks)
         timeline = Timeline()
         async with open_engine(config, policy, ranks, timeline) as engine:
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.policy.model == "tiny":
             raise ConfigError("--policy.model is 'tiny', which is untrained here (give a checkpoint folder of a run)")
         check_parts(config)
-        with open_tasks(config) as mixture:
+        with open_tasks(config, ranks) as mixture:
             results = asyncio.run(_run(config, ranks, mixture, stop))
     console = Console(enabled=ranks.main)
     for way, evaluation in results.items():

@@ -5,9 +5,10 @@ A turn is one thought and one action::
     <think> The scene is too dark. </think>
     <problem> {'dark'} </problem>
 
-``search``, ``answer``, ``code`` and ``problem`` are the model's actions; ``information`` and ``tips`` are the
-scaffold's. What a model writes is untrusted: every reader here takes any text, in time linear in its length, by
-``str`` searches alone, so that no text can make a pattern backtrack.
+``search``, ``answer``, ``code``, ``problem`` and ``tool_call`` are the model's actions; ``information``, ``tips`` and
+``tool_response`` are the scaffold's. A ``tool_call`` is written as Qwen2.5 was trained to: a JSON object with the name
+and the arguments of a function. What a model writes is untrusted: every reader here takes any text, in time linear in
+its length, by ``str`` searches alone, so that no text can make a pattern backtrack.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-ActionKind = Literal["search", "answer", "code", "problem"]
+ActionKind = Literal["search", "answer", "code", "problem", "tool_call"]
 
-ACTION_KINDS: tuple[ActionKind, ...] = ("search", "answer", "code", "problem")
-TAGS = ("think", "search", "answer", "code", "problem", "information", "tips")
+ACTION_KINDS: tuple[ActionKind, ...] = ("search", "answer", "code", "problem", "tool_call")
+TAGS = ("think", *ACTION_KINDS, "information", "tips", "tool_response")
 PROTOCOL_TAGS = tuple(tag for name in TAGS for tag in (f"<{name}>", f"</{name}>"))
-"""The 14 opening and closing tags."""
-STOP_TAGS = ("</search>", "</code>", "</problem>", "</answer>")
+"""The 18 opening and closing tags."""
+STOP_TAGS = ("</search>", "</code>", "</problem>", "</answer>", "</tool_call>")
 """Generation of a turn ends after the first of these: one action a turn."""
 MAT_LABELS = ("rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "crop", "none")
 """The closed set of image problems of MAT-Coding."""
@@ -73,7 +74,7 @@ def render_turn(think: str, kind: ActionKind, body: str) -> str:
         found = [tag for tag in PROTOCOL_TAGS if tag in value]
         if found:
             raise ValueError(f"{name} holds the protocol tag {found[0]}; remove it, or the turn cannot be read back")
-    gap = "\n" if kind == "code" else " "  # the published data sets a code fence on a line of its own
+    gap = "\n" if kind in ("code", "tool_call") else " "  # MAT's code fences and Qwen's calls stand on their own lines
     return f"<think> {think.strip()} </think>\n<{kind}>{gap}{body.strip()}{gap}</{kind}>"
 
 

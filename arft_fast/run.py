@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from arft_fast.config import Config
 from arft_fast.observe.console import Console
 from arft_fast.observe.gpu import GpuMeter
-from arft_fast.observe.metrics import group_metrics, over_ranks
+from arft_fast.observe.metrics import CounterMeter, group_metrics, over_ranks
 from arft_fast.observe.overlap import overlap_metrics
 from arft_fast.observe.report import reward_png, summary_table
 from arft_fast.observe.run_folder import RunFolder, run_path
@@ -58,6 +58,8 @@ class Run:
         self._gpu = GpuMeter.open(ranks.device.index or 0) if ranks.device.type == "cuda" else None
         if self._gpu is not None:
             self._gpu.start()
+        self._tools: Sequence[str] = ()
+        self._counters = CounterMeter(dict)
         self._faults: set[str] = set()
         self._started = self._step_started = time.perf_counter()
         self._rewards: list[float] = []
@@ -68,14 +70,19 @@ class Run:
     def checkpoint(self) -> Path:
         return self.folder.path / "checkpoint"
 
+    def tools_started(self, lines: Sequence[str], counters: Callable[[], Mapping[str, int]]) -> None:
+        """Show which tools run, a line each; ``counters`` gives their totals from now on."""
+        self._tools, self._counters = lines, CounterMeter(counters)
+        self.console.print("\n".join(lines))
+
     def step(self, step: int, groups: Sequence[Group], report: StepReport, stats: dict[str, float]) -> dict[str, float]:
         """Write one step down, with what ``timeline`` has recorded since the last one; returns its metrics.
 
-        They are the same on every rank. Figures under ``timeline/`` and ``gpu/``, and ``step_time``, depend on the
-        machine; all others repeat with the run's settings.
+        They are the same on every rank. Figures under ``timeline/``, ``gpu/`` and ``search/`` (which a plain index has
+        none of), and ``step_time``, depend on the machine; all others repeat with the run's settings.
         """
         spans = self.timeline.take()
-        own = overlap_metrics(spans) | (self._gpu.take() if self._gpu is not None else {})
+        own = overlap_metrics(spans) | self._counters.take() | (self._gpu.take() if self._gpu is not None else {})
         measured = over_ranks(self._ranks.gather([own]))
         self.trajectories("train", step, groups)
         everywhere = self._ranks.gather([group.without_images() for group in groups])
@@ -137,6 +144,7 @@ class Run:
     def _forget_what_was_measured(self) -> None:
         """What happens between steps is no part of a step's figures."""
         self.timeline.take()
+        self._counters.take()
         if self._gpu is not None:
             self._gpu.take()
         self._step_started = time.perf_counter()
@@ -164,6 +172,8 @@ class Run:
             "reward_last10": sum(last) / len(last) if last else None,
             "eval_before": {way: e.reward for way, e in before.items()} if before else None,
             "eval_after": {way: e.reward for way, e in after.items()} if after else None,
+            "tools": self._tools,
+            **over_ranks(self._ranks.gather([self._counters.totals()])),
         }
         if before and after:
             summary["tasks"] = {

@@ -25,6 +25,7 @@ from arft_fast.assemble import (
     open_ranks,
     open_tasks,
 )
+from arft_fast.assemble_tools import running_tools, search_counters
 from arft_fast.cold_start import cold_start
 from arft_fast.config import Config, ConfigError, TrainConfig
 from arft_fast.evaluate import evaluate
@@ -50,8 +51,8 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
     before: Evaluations | None = None
     after: Evaluations | None = None
     stopped = False
-    async with mixture.running_tools() as lines:  # before any engine or CUDA work
-        run.console.print("\n".join(lines))
+    async with running_tools(mixture, ranks) as lines:  # before any engine or CUDA work
+        run.tools_started(lines, lambda: search_counters(mixture))
         policy = open_policy(config, mixture, ranks)
         try:
             async with open_engine(config, policy, ranks, run.timeline) as engine:
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     with one_line_errors(), open_ranks(config) as ranks, StopSignal() as stop:
         check_parts(config)
-        with open_tasks(config) as mixture:
+        with open_tasks(config, ranks) as mixture:
             run = open_run(config, ranks)
             asyncio.run(train(config, ranks, mixture, run, stop))
 

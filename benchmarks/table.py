@@ -18,7 +18,7 @@ import arft_fast
 
 from .meter import Measurement
 
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "verl", "transformers")
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "verl", "transformers", "tantivy")
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.update import GrpoLoss, Optimizer, StepReport, grpo_update
 from arft_fast.protocol import Action
 from arft_fast.rollout.agent import Agent, Limits, SamplingSettings, replay
-from arft_fast.rollout.engine import Generation, Sampling
+from arft_fast.rollout.engine import EngineError, Generation, Sampling
 from arft_fast.rollout.teacher import Teacher
 from arft_fast.tasks.task import Task
 from arft_fast.tools.executor import ToolExecutor
-from arft_fast.tools.tool import InfraFault, Tool, ToolResult
+from arft_fast.tools.tool import InfraFault, StatefulTool, Tool, ToolResult
 from arft_fast.trajectory import Ending, Prompt, Trajectory, Turn
 
 from .conftest import Mini
@@ -115,7 +115,7 @@ class Lookup:
 class Quiz:
     """A task with one tool."""
 
-    tools: Mapping[str, Tool]
+    tools: Mapping[str, Tool | StatefulTool]
     stepwise: bool = False
     name: str = "quiz"
 
@@ -279,6 +279,111 @@ def test_a_step_that_is_over_asks_nothing_of_the_engine(policy: Policy) -> None:
     assert trajectory.fault == "step deadline passed, waiting for its start"
     assert len(trajectory.token_ids) == len(trajectory.policy_mask) == len(trajectory.logprobs) == 0
     assert trajectory.weight_version == 0 and trajectory.images == []
+
+
+@dataclass
+class State(Lookup):
+    """An operation on a state, which closes as told."""
+
+    closing: Exception | float | None = None
+    closed: int = 0
+
+    async def close(self) -> None:
+        try:
+            if isinstance(self.closing, Exception):
+                raise self.closing
+            await asyncio.sleep(self.closing or 0)
+        finally:
+            self.closed += 1
+
+
+@dataclass
+class Stateful:
+    """A stateful tool whose states behave as told."""
+
+    results: Sequence[ToolResult | Exception | float] = (ToolResult(text="found"),)
+    closing: Exception | float | None = None
+    name: str = "memory"
+    states: list[State] = field(default_factory=list)
+
+    def for_episode(self) -> Mapping[str, Tool]:
+        self.states.append(State(self.results, closing=self.closing))
+        return {"search": self.states[-1]}
+
+    async def start(self) -> str:
+        return self.name
+
+    async def close(self) -> None: ...
+
+
+def test_every_episode_has_a_state_of_its_own_and_closes_it(policy: Policy) -> None:
+    tool = Stateful()
+    agent = _agent(policy, Script(policy, [SEARCH]), Quiz({"memory": tool}))
+
+    async def run() -> list[Trajectory]:
+        return await asyncio.gather(*(agent.play(PROMPT, sample, [sample]) for sample in range(2)))
+
+    assert [len(trajectory.observations()) for trajectory in asyncio.run(run())] == [2, 2]
+    assert [(len(state.seen), state.closed) for state in tool.states] == [(2, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("closing", "cause"),
+    [
+        (InfraFault("disk full"), "InfraFault('disk full')"),
+        (OSError("disk full"), "OSError('disk full')"),
+        (FOREVER_S, "TimeoutError()"),
+    ],
+)
+def test_a_state_that_cannot_be_closed_masks_the_trajectory(
+    policy: Policy, closing: Exception | float, cause: str
+) -> None:
+    quiz = Quiz({"memory": Stateful(closing=closing)})
+    trajectory = _play(policy, [SEARCH, ANSWER], quiz, replace(LIMITS, tool_deadline_s=0.05, trajectory_timeout_s=3))
+    assert trajectory.ending is Ending.INFRA_FAULT
+    assert trajectory.fault == f"the episode's tools were not closed: {cause}"
+    assert len(trajectory.turns) == 3 and trajectory.policy_mask.any()
+
+
+def test_what_ended_an_episode_is_told_also_where_its_state_cannot_be_closed(policy: Policy) -> None:
+    broken = InfraFault("disk full")
+    call = _play(policy, [SEARCH], Quiz({"memory": Stateful([InfraFault("no such row")], closing=broken)}))
+    assert call.fault == "tool 'search' failed 2 times, at last: no such row"
+    slow = Stateful([FOREVER_S], closing=broken)
+    agent = _agent(policy, Script(policy, [SEARCH]), Quiz({"memory": slow}), trajectory_timeout_s=0.1)
+    late = asyncio.run(agent.play(PROMPT, 0, [0]))
+    assert late.ending is Ending.DEADLINE and late.fault == "trajectory deadline passed, waiting for tool 'search'"
+    agent = _agent(policy, Script(policy, [EngineError("gone")]), Quiz({"memory": Stateful(closing=broken)}))
+    with pytest.raises(EngineError, match="gone") as caught:
+        asyncio.run(agent.play(PROMPT, 0, [0]))
+    assert caught.value.__notes__ == ["the episode's tools were not closed: InfraFault('disk full')"]
+    assert [state.closed for state in slow.states] == [1]
+
+
+def test_a_deadline_bounds_the_closing_of_a_state(policy: Policy) -> None:
+    tool = Stateful(closing=FOREVER_S)
+    limits = {"trajectory_timeout_s": 0.1, "tool_deadline_s": FOREVER_S}
+    agent = _agent(policy, Script(policy, [ANSWER]), Quiz({"memory": tool}), **limits)
+    trajectory = asyncio.run(agent.play(PROMPT, 0, [0]))
+    assert trajectory.fault == "trajectory deadline passed, waiting for its tools to close"
+
+
+@pytest.mark.parametrize("closing", [0.05, InfraFault("disk full")])
+def test_a_cancelled_episode_closes_its_state_first_and_stays_cancelled(
+    policy: Policy, closing: Exception | float
+) -> None:
+    tool = Stateful([FOREVER_S], closing=closing)
+    agent = _agent(policy, Script(policy, [SEARCH]), Quiz({"memory": tool}), tool_deadline_s=FOREVER_S)
+
+    async def run() -> tuple[bool, int]:
+        playing = asyncio.ensure_future(agent.play(PROMPT, 0, [0]))
+        while not (tool.states and tool.states[0].seen):
+            await asyncio.sleep(0.001)
+        playing.cancel()
+        await asyncio.wait({playing})
+        return playing.cancelled(), tool.states[0].closed
+
+    assert asyncio.run(run()) == (True, 1)
 
 
 def _update(policy: Policy, trajectories: list[Trajectory], advantages: list[float]) -> StepReport:

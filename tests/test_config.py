@@ -15,6 +15,7 @@ from arft_fast.config import (
     ConfigError,
     PolicyConfig,
     RolloutConfig,
+    SearchConfig,
     TaskConfig,
     TrainConfig,
     config_json,
@@ -25,7 +26,10 @@ from arft_fast.flags import bundled_recipes, flags, load_config, parse_config
 FLAGS = """
 policy.model policy.device policy.dtype policy.attention policy.max_pixels policy.min_pixels policy.freeze_vision
 policy.gradient_checkpointing
-task.name task.data task.max_turns task.top_k task.code_timeout_s task.code_memory_mib task.code_workers task.fidelity
+task.name task.data task.max_turns task.top_k task.tools task.sandbox task.code_timeout_s task.code_memory_mib
+task.code_workers task.code_faithful task.fidelity
+search.backend search.index search.url search.key_variable search.form search.timeout_s search.passage_limit
+search.cache search.ttl_s search.rate_per_s search.burst search.budget search.record search.replay
 rollout.engine rollout.urls rollout.weight_transfer rollout.weight_dir rollout.engine_args rollout.memory_fraction
 rollout.group_size rollout.temperature rollout.top_k rollout.top_p rollout.max_turn_tokens
 rollout.max_tokens rollout.slots rollout.groups_in_flight rollout.trajectory_timeout_s rollout.step_timeout_s
@@ -191,6 +195,51 @@ def test_sections_refuse_values_that_cannot_work() -> None:
             make()
 
 
+@pytest.mark.parametrize(
+    ("words", "flag", "remedy"),
+    [
+        ("--task.top_k 101", "task.top_k", "100 or less"),
+        ("--search.backend fts5", "search.index", "give it with --search.backend fts5"),
+        ("--search.index x", "search.index", "give --search.backend fts5 or tantivy with it"),
+        ("--search.backend retrieve", "search.url", "give it with --search.backend retrieve"),
+        ("--search.backend serper --search.url http://x", "search.url", "give --search.backend retrieve with it"),
+        ("--search.record a --search.replay b", "search.record", "not both"),
+        ("--search.cache x", "search.cache", "another --search.backend"),
+        ("--search.backend serper --search.budget 5", "search.budget", "give --search.cache with it"),
+        ("--search.backend serper --search.rate_per_s 5", "search.rate_per_s", "give --search.cache with it"),
+        ("--search.backend serper --search.burst 5", "search.burst", "give --search.cache with it"),
+        ("--search.backend serper --search.cache x --search.burst 5", "search.burst", "search.rate_per_s with it"),
+        (
+            "--search.backend retrieve --search.url http://x --search.cache x --search.budget 5",
+            "search.budget",
+            "serper",
+        ),
+        ("--search.backend serper --search.cache x --search.budget -1", "search.budget", "0 or more"),
+        ("--search.backend serper --search.cache x --search.rate_per_s 0", "search.rate_per_s", "above 0"),
+        ("--search.timeout_s 0", "search.timeout_s", "above 0"),
+        ("--search.passage_limit 0", "search.passage_limit", "1 or more"),
+    ],
+)
+def test_search_settings_that_contradict_each_other_are_refused(
+    words: str, flag: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = _refusal(words.split(), capsys)
+    assert line.startswith(f"error: --{flag} is ") and remedy in line
+
+
+def test_search_settings_that_agree_are_taken() -> None:
+    words = "--search.backend serper --search.cache x --search.budget 0 --search.rate_per_s 2 --search.burst 4"
+    search = parse_config(words.split()).search
+    assert (search.cache, search.budget, search.rate_per_s, search.burst) == (Path("x"), 0, 2.0, 4)
+    assert parse_config("--search.backend fts5 --search.replay x".split()).search.index is None  # not needed there
+
+
+def test_a_key_given_for_the_name_of_its_variable_is_refused_and_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("a3f09c-secret", "0123456789abcdef", ""):
+        line = _refusal([f"--search.key_variable={key}"], capsys)
+        assert "--search.key_variable is no name" in line and not (key and key in line)
+
+
 @pytest.mark.parametrize("recipe", bundled_recipes())
 def test_the_resolved_toml_repeats_every_bundled_recipe(recipe: str, tmp_path: Path) -> None:
     config = parse_config(["--config", recipe])
@@ -201,7 +250,8 @@ def test_the_resolved_toml_repeats_every_bundled_recipe(recipe: str, tmp_path: P
 def test_the_resolved_toml_repeats_odd_values(tmp_path: Path) -> None:
     config = Config(
         policy=PolicyConfig(model='a "b" \\ \U0001f40d\x7f\n', freeze_vision=True),
-        task=TaskConfig(name=("one",), data=None),
+        task=TaskConfig(name=("one",), data=None, tools=("a.b:c", "d:e")),
+        search=SearchConfig(backend="serper", cache=Path("x y"), rate_per_s=0.5, budget=3, url=None),
         cold_start=config_module.ColdStartConfig(cache=None),
         train=TrainConfig(learning_rate=1e-30, weight_decay=1e16),
     )

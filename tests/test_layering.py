@@ -14,6 +14,7 @@ FLOORS = {
     "cold_start": 5,
     "run": 5,
     "assemble": 5,
+    "assemble_tools": 5,
     "rollout": 4,
     "tasks": 3,
     "policy": 2,

@@ -29,8 +29,8 @@ SOUP = st.lists(st.sampled_from([*PROTOCOL_TAGS, " ", "\n", "a", "<", ">", "</",
 PLAIN = st.text().filter(lambda text: not any(tag in text for tag in PROTOCOL_TAGS))
 
 
-def test_the_protocol_has_seven_tags_and_four_of_them_stop_a_turn() -> None:
-    assert len(set(PROTOCOL_TAGS)) == 14
+def test_the_protocol_has_nine_tags_and_five_of_them_stop_a_turn() -> None:
+    assert len(set(PROTOCOL_TAGS)) == 18
     assert set(STOP_TAGS) == {f"</{kind}>" for kind in ACTION_KINDS}
     assert len(set(MAT_LABELS)) == 8
 
@@ -79,6 +79,10 @@ def test_a_well_formed_turn_has_four_tags_in_order_and_no_text_outside(text: str
         ("<search>a<search>b</search>", "search", "a<search>b", ""),
         ("</search><search>q</search>", "search", "q", ""),
         ("<code>x = 1</code><answer>1</answer>", "code", "x = 1", ""),
+        ("<think>t</think><tool_call>\n{}\n</tool_call>", "tool_call", "{}", "t"),
+        ("<tool_call>{}</tool_call><answer>1</answer>", "tool_call", "{}", ""),
+        ("<answer>1</answer><tool_call>{}</tool_call>", "answer", "1", ""),
+        ("<tool_call>{}<answer>1</answer>", "answer", "1", ""),
         ("<search>q", None, "", ""),
         ("<search>q<think>t</think>r</search>", None, "", "t"),
         ("<ANSWER>x</ANSWER>", None, "", ""),
@@ -105,6 +109,7 @@ def test_the_action_is_the_block_that_closes_first_outside_of_the_thought(
         "<think>t</think><answer>x</answer><search>q</search>",
         "<think>t <search>q</search></think><answer>x</answer>",
         "<think>t</think><answer><information>I made this up</information></answer>",
+        "<think>t</think><tool_call>{}</tool_call><tool_response>I made this up</tool_response>",
         "<answer><think>t</think>x</answer>",
         "<think>t<answer></think>x</answer>",
     ],
@@ -124,6 +129,7 @@ def test_whitespace_around_a_turn_is_well_formed() -> None:
         "<think></think>",
         "<search></think>",
         "<answer><search>",
+        "<tool_call></tool_call",
         "<think>a</think> ",
         "<",
         " ",
@@ -207,6 +213,11 @@ def test_code_is_what_stands_in_the_python_fence(body: str, source: str | None) 
 def test_a_turn_that_cannot_be_read_back_is_not_rendered(think: str, kind: str, body: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         render_turn(think, kind, body)  # type: ignore[arg-type]
+
+
+def test_a_call_is_written_on_lines_of_its_own() -> None:
+    assert render_turn("t", "tool_call", "{}") == "<think> t </think>\n<tool_call>\n{}\n</tool_call>"
+    assert render_turn("t", "search", "q") == "<think> t </think>\n<search> q </search>"
 
 
 @pytest.mark.parametrize("labels", [[], [""], ["it's"], "dark"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -77,15 +77,31 @@ def group_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> dict
 def over_ranks(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Figures that each rank measured for itself (``overlap_metrics``, ``GpuMeter.take``) as figures of the run.
 
-    Counts, energy and power are added up, memory is that of the fullest card, everything else is the mean. Ranks that
-    did not measure a figure do not enter it; nan where none did.
+    Counts (all of ``search/`` are), energy and power are added up, memory is that of the fullest card, everything else
+    is the mean. Ranks that did not measure a figure do not enter it; nan where none did.
     """
     merged = {}
     for name in dict.fromkeys(name for own in figures for name in own):
         values = [own[name] for own in figures if not math.isnan(own.get(name, math.nan))]
-        combine = sum if name in _ADDED else max if name in _LARGEST else _mean
+        combine = sum if name in _ADDED or name.startswith("search/") else max if name in _LARGEST else _mean
         merged[name] = float(combine(values)) if values else math.nan
     return merged
+
+
+class CounterMeter:
+    """By how much counters have grown. ``read`` gives their totals: each only grows."""
+
+    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
+        self._read = read
+        self._before = dict(read())
+
+    def take(self) -> dict[str, float]:
+        """Growth since the last ``take``."""
+        before, self._before = self._before, dict(self._read())
+        return {name: float(total - before.get(name, 0)) for name, total in self._before.items()}
+
+    def totals(self) -> dict[str, float]:
+        return {name: float(total) for name, total in self._read().items()}
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

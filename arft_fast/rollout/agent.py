@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,9 @@ from arft_fast.protocol import STOP_TAGS, Action, parse_turn
 from arft_fast.rollout.engine import Engine, Generation, Sampling
 from arft_fast.rollout.episode import Episode
 from arft_fast.rollout.ledger import Ledger
-from arft_fast.tasks.task import Task
+from arft_fast.tasks.task import Dispatches, Task
 from arft_fast.tools.executor import ToolExecutor
-from arft_fast.tools.tool import InfraFault, ToolResult
+from arft_fast.tools.tool import InfraFault, Tool, ToolResult, episode_tools
 from arft_fast.trajectory import Ending, Prompt, Trajectory, Turn
 
 
@@ -33,7 +34,7 @@ class Limits:
     trajectory_timeout_s: float = 600.0
     """Wall time of the whole episode, waiting for the engine included."""
     tool_deadline_s: float = 60.0
-    """Of one try of a tool call. This and ``tool_attempts`` are for an agent that makes its own ``ToolExecutor``."""
+    """Of one try of a call, for an agent that makes its own ``ToolExecutor``; and of closing an episode's tools."""
     tool_attempts: int = 2
 
 
@@ -99,7 +100,8 @@ class Agent:
         try:
             async with asyncio.timeout_at(end) as deadline:
                 await asyncio.sleep(0)  # where the step is over already, it ends here
-                return episode.trajectory(await self._run(episode, seed))
+                async with self._tools_of(episode) as tools:
+                    return episode.trajectory(await self._run(episode, tools, seed))
         except InfraFault as fault:
             return episode.trajectory(Ending.INFRA_FAULT, str(fault))
         except TimeoutError:
@@ -108,7 +110,27 @@ class Agent:
             whose = "trajectory" if end == own_end else "step"
             return episode.trajectory(Ending.DEADLINE, f"{whose} deadline passed, waiting for {episode.waits_for}")
 
-    async def _run(self, episode: Episode, seed: Sequence[int]) -> Ending:
+    @asynccontextmanager
+    async def _tools_of(self, episode: Episode) -> AsyncIterator[Mapping[str, Tool]]:
+        """``episode_tools``, closed in bounded time. That this fails is told of an episode only if it was sound."""
+        states, ended_by = AsyncExitStack(), None
+        try:
+            yield await states.enter_async_context(episode_tools(self._task.tools))
+            episode.waits_for = "its tools to close"
+        except BaseException as error:  # a cancellation or the engine's error: no tool's fault may take its place
+            ended_by = error
+        try:
+            async with asyncio.timeout(self._limits.tool_deadline_s):
+                await states.aclose()
+        except Exception as error:  # whatever comes out of a tool, as with calls
+            fault = f"the episode's tools were not closed: {error!r}"
+            if ended_by is None:
+                raise InfraFault(fault) from error
+            ended_by.add_note(fault)
+        if ended_by is not None:
+            raise ended_by
+
+    async def _run(self, episode: Episode, tools: Mapping[str, Tool], seed: Sequence[int]) -> Ending:
         episode.waits_for = "the prompt's images"
         await self.prepare(episode.prompt)
         episode.ledger = open_ledger(self._policy, episode.prompt, self._limits.max_tokens)
@@ -122,7 +144,7 @@ class Agent:
                 return ending
             if len(episode.generations) == self._limits.max_turns:
                 break  # nobody would read another observation
-            if not await self._observe(episode, await self._act(episode, action)):
+            if not await self._observe(episode, await self._act(episode, tools, action)):
                 return Ending.MAX_TOKENS
         return Ending.MAX_TURNS
 
@@ -164,13 +186,15 @@ class Agent:
             return Ending.MAX_TOKENS if generation.finish == "length" else Ending.NO_ACTION
         return None
 
-    async def _act(self, episode: Episode, action: Action) -> Turn:
+    async def _act(self, episode: Episode, tools: Mapping[str, Tool], action: Action) -> Turn:
         assert action.kind is not None, "an episode without an action has ended"
-        tool = self._task.tools.get(action.kind)
+        tool, argument = tools.get(action.kind), action.body
         result: ToolResult | None = None
         if tool is not None:
+            if isinstance(tool, Dispatches):
+                tool, argument = tool.route(argument)
             episode.waits_for = f"tool {tool.name!r}"
-            result = await self._tools.call(tool, action.body, episode.image, track=episode.track)
+            result = await self._tools.call(tool, argument, episode.image, track=episode.track)
         return Turn(
             role="observation",
             text=self._task.observe(action, result),
@@ -223,9 +247,7 @@ def replay(policy: Policy, prompt: Prompt, turns: Sequence[Turn], max_tokens: in
         if turn.role == "observation":
             ids, images = policy.chat.observation(turn.text, turn.images, turn_is_closed=False)
         if len(ids) > ledger.room:
-            raise ValueError(
-                f"prompt {prompt.uid}: the teacher's episode is longer than rollout.max_tokens = {max_tokens}"
-            )
+            raise ValueError(f"prompt {prompt.uid}: its teacher's episode exceeds rollout.max_tokens = {max_tokens}")
         if turn.role == "assistant":
             ledger.add_sampled(ids, [0.0] * len(ids))
         else:

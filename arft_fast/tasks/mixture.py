@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from arft_fast.tasks.task import Task
 from arft_fast.trajectory import Prompt
@@ -27,10 +27,12 @@ class Mixture:
 
     @asynccontextmanager
     async def running_tools(self) -> AsyncIterator[list[str]]:
-        """Every tool, started; a line for each says what runs. All are closed at the end, also of a failed start."""
-        tools = [tool for task in self._tasks for tool in task.tools.values()]
-        try:
+        """Every tool, started once also where tasks share it; a line for each says what runs.
+
+        All are closed at the end, also of a failed start, and where another one fails to close.
+        """
+        tools = list({id(tool): tool for task in self._tasks for tool in task.tools.values()}.values())
+        async with AsyncExitStack() as closing:
+            for tool in reversed(tools):  # a stack: the first one is closed first
+                closing.push_async_callback(tool.close)
             yield [await tool.start() for tool in tools]
-        finally:
-            for tool in tools:
-                await tool.close()

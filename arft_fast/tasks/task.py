@@ -14,7 +14,7 @@ from random import Random
 from typing import Protocol, runtime_checkable
 
 from arft_fast.protocol import Action
-from arft_fast.tools.tool import Tool, ToolResult
+from arft_fast.tools.tool import StatefulTool, Tool, ToolResult
 from arft_fast.trajectory import Prompt, Trajectory, Turn
 
 
@@ -24,8 +24,13 @@ class Task(Protocol):
     name: str
     stepwise: bool
     """True: a trajectory is one teacher-forced step; no tool runs (arXiv 2505.14246 as its authors trained it)."""
-    tools: Mapping[str, Tool]
-    """Tools by action kind (``code``, ``search``). A kind that is missing here is answered by ``observe`` alone."""
+
+    @property
+    def tools(self) -> Mapping[str, Tool | StatefulTool]:
+        """Tools by action kind (``code``, ``search``), opened for each episode by ``tools.tool.episode_tools``. A kind
+        that is missing here is answered by ``observe`` alone. The operation of a stateful tool bears the kind's name.
+        """
+        ...
 
     def train_prompt(self, index: int) -> Prompt:
         """The training item at ``index`` >= 0; the stream does not end (finite data repeats, reshuffled each epoch)."""
@@ -55,4 +60,14 @@ class Demonstrates(Protocol):
 
     def scaffold_texts(self) -> Sequence[str]:
         """Every fixed text that the task can put before a model: what a small tokenizer should know."""
+        ...
+
+
+@runtime_checkable
+class Dispatches(Protocol):
+    """A tool that passes calls on. An agent asks it where to and calls that tool itself, so that identical calls in
+    flight are one call, and times and faults carry that tool's name."""
+
+    def route(self, argument: str) -> tuple[Tool, str]:
+        """The tool that ``argument`` asks for, and the argument for it; never an error, whatever a model wrote."""
         ...
