@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -182,7 +183,7 @@ class Run:
             summary["tool_gain"] = gains(before["sampled"], after["sampled"])
         summary["seconds"] = time.perf_counter() - self._started
         self.folder.write_summary(summary)
-        if self._ranks.main and self._rewards:
+        if self._ranks.main and any(map(math.isfinite, self._rewards)):
             reward_png(self.folder.path / "metrics.jsonl", self.folder.path / "reward.png")
         if before and after:
             for way in ("sampled", "greedy"):

@@ -37,7 +37,7 @@ from arft_fast.policy.parallel import Ranks
 from arft_fast.policy.tree_guard import TreeMismatch
 from arft_fast.policy.update import GrpoLoss, grpo_update
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
-from arft_fast.rollout.agent import Agent
+from arft_fast.rollout.agent import Agent, TooLong
 from arft_fast.rollout.collect import collect
 from arft_fast.rollout.engine import Engine, EngineError
 from arft_fast.rollout.stop import Stopped, StopSignal
@@ -70,6 +70,8 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
         except EngineError:
             run.rescue(policy)
             raise
+        except TooLong as error:
+            raise ConfigError(f"--rollout.max_tokens: {error}") from error
     run.save(policy)
     run.finish(before, after, stopped=stopped)
 

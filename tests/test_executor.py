@@ -371,3 +371,13 @@ def test_the_span_of_a_fault_counts_its_tries() -> None:
 def test_a_setting_out_of_range_is_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ToolExecutor(**options)
+
+
+def test_what_another_try_cannot_help_is_not_tried_again() -> None:
+    class Refused(InfraFault):
+        permanent = True
+
+    tool = Scripted([Refused("no namespaces here")])
+    (fault,) = _run(_quick(attempts=3), tool, "q")
+    assert isinstance(fault, InfraFault) and "no namespaces here" in str(fault)
+    assert tool.calls == 1

@@ -23,6 +23,10 @@ from arft_fast.tools.tool import InfraFault, Tool, ToolResult, episode_tools
 from arft_fast.trajectory import Ending, Prompt, Trajectory, Turn
 
 
+class TooLong(ValueError):
+    """A prompt or an episode exceeds the token budget of a trajectory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Budgets of one trajectory."""
@@ -86,7 +90,7 @@ class Agent:
             ends_at: the event loop's time at which the step is over; None leaves the trajectory's own deadline alone.
 
         Raises:
-            ValueError: the prompt itself leaves no room for a turn.
+            TooLong: the prompt itself leaves no room for a turn.
             EngineError: the engine cannot go on.
         """
         episode = Episode(
@@ -222,12 +226,12 @@ def open_ledger(policy: Policy, prompt: Prompt, max_tokens: int) -> Ledger:
     """A ledger that holds the prompt.
 
     Raises:
-        ValueError: the prompt leaves no room for a turn.
+        TooLong: the prompt leaves no room for a turn.
     """
     ledger = Ledger(image_token_id=policy.chat.image_token_id, max_tokens=max_tokens)
     ids, images = policy.chat.prompt(prompt.messages, prompt.images)
     if len(ids) >= max_tokens or not ledger.add_context(ids, images):
-        raise ValueError(
+        raise TooLong(
             f"prompt {prompt.uid}: {len(ids)} tokens leave no room within rollout.max_tokens = {max_tokens}; raise it, "
             "or lower policy.max_pixels to shrink its images"
         )
@@ -238,7 +242,7 @@ def replay(policy: Policy, prompt: Prompt, turns: Sequence[Turn], max_tokens: in
     """The trajectory in which the policy wrote ``turns``: the same template and the same mask as a live episode.
 
     Raises:
-        ValueError: the episode does not fit into ``max_tokens``.
+        TooLong: the episode does not fit into ``max_tokens``.
     """
     ledger = open_ledger(policy, prompt, max_tokens)
     for turn in turns:
@@ -247,7 +251,7 @@ def replay(policy: Policy, prompt: Prompt, turns: Sequence[Turn], max_tokens: in
         if turn.role == "observation":
             ids, images = policy.chat.observation(turn.text, turn.images, turn_is_closed=False)
         if len(ids) > ledger.room:
-            raise ValueError(f"prompt {prompt.uid}: its teacher's episode exceeds rollout.max_tokens = {max_tokens}")
+            raise TooLong(f"prompt {prompt.uid}: its teacher's episode exceeds rollout.max_tokens = {max_tokens}")
         if turn.role == "assistant":
             ledger.add_sampled(ids, [0.0] * len(ids))
         else:

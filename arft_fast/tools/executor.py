@@ -135,7 +135,7 @@ class ToolExecutor:
             try:
                 return await self._try(tool, argument, image)
             except InfraFault as fault:
-                if flight.attempts >= self._attempts or not flight.waiters:
+                if fault.permanent or flight.attempts >= self._attempts or not flight.waiters:
                     tries = "once" if flight.attempts == 1 else f"{flight.attempts} times, at last"
                     raise InfraFault(f"tool {tool.name!r} failed {tries}: {fault}") from fault
             longest_s = min(self._backoff_s * 2 ** (flight.attempts - 1), self._deadline_s)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 class InfraFault(RuntimeError):
     """The world failed, not the model."""
 
+    permanent = False
+    """Whether another try cannot help."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToolResult:

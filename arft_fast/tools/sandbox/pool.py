@@ -68,7 +68,9 @@ _HANG_UP_S = 2.0
 
 
 class SandboxRefused(InfraFault):
-    """The machine cannot give what mode strict demands. Trying again does not help; the message names the remedies."""
+    """The machine cannot give what mode strict demands; the message names the remedies."""
+
+    permanent = True
 
 
 @dataclass(frozen=True, kw_only=True)
