@@ -167,6 +167,17 @@ def _start_fault(fault: InfraFault) -> str:
     return f"a tool does not start: {fault} (python -m arft_fast.tools doctor says what works here)"
 
 
+def sandbox_layers(mixture: Mixture) -> dict[str, float]:
+    """``sandbox/<layer>``: 1 where it confines the model's code, 0 where it is missing."""
+    return {
+        f"sandbox/{layer}": float(active)
+        for task in mixture.by_name.values()
+        for tool in task.tools.values()
+        if isinstance(tool, PythonImageCode)
+        for layer, active in tool.layers.items()
+    }
+
+
 def search_counters(mixture: Mixture) -> Mapping[str, int]:
     """``search/<counter>`` of the mixture's searches so far (``Search.counters``), added up."""
     total = Counter[str]()

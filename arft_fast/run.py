@@ -59,7 +59,7 @@ class Run:
         self._gpu = GpuMeter.open(ranks.device.index or 0) if ranks.device.type == "cuda" else None
         if self._gpu is not None:
             self._gpu.start()
-        self._tools: Sequence[str] = ()
+        self._layers: Mapping[str, float] = {}
         self._counters = CounterMeter(dict)
         self._faults: set[str] = set()
         self._started = self._step_started = time.perf_counter()
@@ -71,9 +71,17 @@ class Run:
     def checkpoint(self) -> Path:
         return self.folder.path / "checkpoint"
 
-    def tools_started(self, lines: Sequence[str], counters: Callable[[], Mapping[str, int]]) -> None:
-        """Show which tools run, a line each; ``counters`` gives their totals from now on."""
-        self._tools, self._counters = lines, CounterMeter(counters)
+    def tools_started(
+        self, lines: Sequence[str], layers: Mapping[str, float], counters: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """Show which tools run, a line each, and write it down.
+
+        Args:
+            layers: of the sandbox, for every step's metrics.
+            counters: gives the tools' totals from now on.
+        """
+        self._layers, self._counters = layers, CounterMeter(counters)
+        self.folder.add_versions(tools=list(lines))
         self.console.print("\n".join(lines))
 
     def step(self, step: int, groups: Sequence[Group], report: StepReport, stats: dict[str, float]) -> dict[str, float]:
@@ -98,6 +106,7 @@ class Run:
             "learning_rate": report.learning_rate,
             "skipped": float(report.skipped),
             **measured,
+            **self._layers,
             "step_time": now - self._step_started,
         }
         self._step_started = now
@@ -173,7 +182,6 @@ class Run:
             "reward_last10": sum(last) / len(last) if last else None,
             "eval_before": {way: e.reward for way, e in before.items()} if before else None,
             "eval_after": {way: e.reward for way, e in after.items()} if after else None,
-            "tools": self._tools,
             **over_ranks(self._ranks.gather([self._counters.totals()])),
         }
         if before and after:

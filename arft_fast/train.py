@@ -25,7 +25,7 @@ from arft_fast.assemble import (
     open_ranks,
     open_tasks,
 )
-from arft_fast.assemble_tools import running_tools, search_counters
+from arft_fast.assemble_tools import running_tools, sandbox_layers, search_counters
 from arft_fast.cold_start import cold_start
 from arft_fast.config import Config, ConfigError, TrainConfig
 from arft_fast.evaluate import evaluate
@@ -52,7 +52,7 @@ async def train(config: Config, ranks: Ranks, mixture: Mixture, run: Run, stop: 
     after: Evaluations | None = None
     stopped = False
     async with running_tools(mixture, ranks) as lines:  # before any engine or CUDA work
-        run.tools_started(lines, lambda: search_counters(mixture))
+        run.tools_started(lines, sandbox_layers(mixture), lambda: search_counters(mixture))
         policy = open_policy(config, mixture, ranks)
         try:
             async with open_engine(config, policy, ranks, run.timeline) as engine:

@@ -255,7 +255,7 @@ def test_the_executor_waits_longer_than_the_tools(monkeypatch: pytest.MonkeyPatc
 def _started(folder: Path, counts: Mapping[str, int]) -> Run:
     config = Config(run=RunConfig(dir=folder))
     run = Run(config, RunFolder(folder, config), Console(file=io.StringIO()), CPU)
-    run.tools_started(["search: somewhere"], lambda: counts)
+    run.tools_started(["search: somewhere"], {"sandbox/seccomp": 1.0}, lambda: counts)
     return run
 
 
@@ -270,13 +270,19 @@ def test_a_step_shows_what_its_own_searches_did(tmp_path: Path, policy: Policy) 
         assert run.step(step, [], report, {})["search/calls"] == 3.0
 
 
-def test_the_summary_names_the_tools_and_adds_up_all_searches(tmp_path: Path) -> None:
+def test_the_summary_adds_up_all_searches(tmp_path: Path) -> None:
     counts = Counter({"search/calls": 5})
     run = _started(tmp_path, counts)
     counts["search/calls"] += 2
     run.finish(None, None, stopped=False)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["search/calls"], summary["tools"]) == (7.0, ["search: somewhere"])
+    assert json.loads((tmp_path / "summary.json").read_text())["search/calls"] == 7.0
+
+
+def test_the_active_layers_are_written_down_from_the_start_and_with_every_step(tmp_path: Path) -> None:
+    run = _started(tmp_path, Counter())
+    assert json.loads((tmp_path / "versions.json").read_text())["tools"] == ["search: somewhere"]
+    report = StepReport(loss=0.0, grad_norm=1.0, learning_rate=1e-4, skipped=False)
+    assert run.step(0, [], report, {})["sandbox/seccomp"] == 1.0
 
 
 def test_the_searches_of_all_ranks_are_added_up() -> None:

@@ -64,6 +64,8 @@ def test_a_run_leaves_everything_that_was_promised(finished: Path) -> None:
     names = "reward reward_std frac_reward_zero_std entropy grad_norm completions/mean_length num_tokens"
     names += " rewards/format/mean rewards/accuracy/std tools/call_frequency"
     assert set(names.split()) <= set(steps[0])
+    assert steps[0]["sandbox/landlock-files"] == steps[0]["sandbox/seccomp"] == 1.0
+    assert any("seccomp" in line for line in json.loads((finished / "versions.json").read_text())["tools"])
     assert Image.open(finished / "reward.png").size[0] > 500
 
 

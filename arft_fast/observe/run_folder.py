@@ -77,6 +77,13 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror} (give a --run.dir that can be written)") from None
 
+    def add_versions(self, **more: Any) -> None:
+        """Adds to ``versions.json`` what is known only once it runs."""
+        if self._main:
+            path = self.path / "versions.json"
+            known = json.loads(path.read_text(encoding="utf-8"))
+            _write_atomic(path, (json.dumps(known | more, indent=2) + "\n").encode())
+
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line to ``metrics.jsonl``; a figure that is not finite becomes null."""
         if self._main:

@@ -82,6 +82,11 @@ class PythonImageCode:
         err = err[max(0, len(err) - self._text_limit) :]
         return "\n".join(filter(None, [out.rstrip("\n"), "stderr:", err])) if err else out
 
+    @property
+    def layers(self) -> dict[str, bool]:
+        """Confinement layers by name: active, or missing where mode strict would demand it. Empty before ``start``."""
+        return dict.fromkeys(self._sandbox.missing, False) | dict.fromkeys(self._sandbox.layers, True)
+
     async def start(self) -> str:
         """Start the sandbox; the line names its mode and its layers.
 
