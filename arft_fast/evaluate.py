@@ -26,6 +26,7 @@ from arft_fast.rollout.collect import collect
 from arft_fast.rollout.engine import Engine
 from arft_fast.rollout.evaluation import Evaluation, summarise
 from arft_fast.rollout.stop import StopSignal
+from arft_fast.score import FLAG, score_file, take_flag
 from arft_fast.tasks.mixture import Mixture
 
 GREEDY = SamplingSettings(temperature=0.0)
@@ -79,11 +80,20 @@ async def _run(config: Config, ranks: Ranks, mixture: Mixture, stop: StopSignal)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; a setting that cannot be used ends in one line and exit code 2, before any work."""
+    with one_line_errors():
+        answers, words = take_flag(sys.argv[1:] if argv is None else argv)
     config = load_config(
-        sys.argv[1:] if argv is None else argv,
+        words,
         "python -m arft_fast.evaluate",
-        "Play held-out episodes with a policy and print F1, exact match, reward and tool use for each task.",
+        "Play held-out episodes with a policy and print F1, exact match, reward and tool use for each task.\n"
+        f"Or, with {FLAG} FILE and --task.name: score a JSON file of answers as the paper does, without a model.",
     )
+    if answers is not None:
+        with one_line_errors():
+            table, notes = score_file(answers, config.task.name, seed=config.train.seed)
+        Console().print(table)
+        Console().print(notes)
+        return
     with one_line_errors(), open_ranks(config) as ranks, StopSignal() as stop:
         if config.policy.model == "tiny":
             raise ConfigError("--policy.model is 'tiny', which is untrained here (give a checkpoint folder of a run)")

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "arft_fast"
 FLOORS = {
     "train": 5,
     "evaluate": 5,
+    "score": 5,
     "cold_start": 5,
     "run": 5,
     "assemble": 5,

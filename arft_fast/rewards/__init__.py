@@ -2,6 +2,7 @@
 
 from arft_fast.rewards.compose import DEFAULT_WEIGHTS, reward_matrix
 from arft_fast.rewards.episode import GoldStep, episode_rewards
+from arft_fast.rewards.evaluator import score_answer
 from arft_fast.rewards.format import coding_format, search_format
 from arft_fast.rewards.similarity import QuerySimilarity, lexical_similarity, thresholded
 from arft_fast.rewards.stepwise import coding_step_rewards, label_accuracy, search_step_rewards
@@ -20,6 +21,7 @@ __all__ = [
     "lexical_similarity",
     "normalize_answer",
     "reward_matrix",
+    "score_answer",
     "search_format",
     "search_step_rewards",
     "thresholded",

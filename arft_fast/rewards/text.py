@@ -7,6 +7,8 @@
 - each Chinese character is a token and full-width punctuation is dropped, as in the released evaluation;
 - a gold that is nothing but articles or punctuation (the option "A") is compared as written: the released
   normalisation deletes it, so that no answer could ever score.
+
+The released *evaluation* is a third variant: ``rewards.evaluator``.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 Fidelity = Literal["faithful", "corrected"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_DELETE_ASCII = str.maketrans("", "", string.punctuation)
+DELETE_ASCII = str.maketrans("", "", string.punctuation)
 # As the released MAT-Coding evaluation: full-width forms of ASCII punctuation, then quotes, stops and brackets.
-_DELETE_FULL_WIDTH = str.maketrans(
+DELETE_FULL_WIDTH = str.maketrans(
     "",
     "",
     "".join(chr(ord(ch) + 0xFEE0) for ch in string.punctuation)
@@ -32,12 +35,12 @@ _TOKEN = re.compile(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+")
 
 def normalize_answer(text: str) -> str:
     """Lower case, without ASCII punctuation and English articles, single spaces (the SQuAD normalisation)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DELETE_ASCII)).split())
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(DELETE_ASCII)).split())
 
 
 def answer_tokens(text: str) -> list[str]:
     """Words of the normalised text, each Chinese character on its own, full-width punctuation dropped."""
-    return _TOKEN.findall(normalize_answer(text.translate(_DELETE_FULL_WIDTH)))
+    return _TOKEN.findall(normalize_answer(text.translate(DELETE_FULL_WIDTH)))
 
 
 def token_f1(prediction: str, gold: str, *, fidelity: Fidelity = "corrected") -> float:
@@ -47,13 +50,19 @@ def token_f1(prediction: str, gold: str, *, fidelity: Fidelity = "corrected") ->
     Faithful: ``overlap = |set(prediction) & set(gold)|`` over whitespace tokens of ``normalize_answer``.
     """
     if fidelity == "faithful":
-        predicted, golden = normalize_answer(prediction).split(), normalize_answer(gold).split()
-        overlap = len(set(predicted) & set(golden))
-    else:
-        predicted, golden = _comparable_tokens(prediction, gold)
-        if predicted == golden:
-            return 1.0
-        overlap = (Counter(predicted) & Counter(golden)).total()
+        return set_overlap_f1(normalize_answer(prediction).split(), normalize_answer(gold).split())
+    predicted, golden = _comparable_tokens(prediction, gold)
+    if predicted == golden:
+        return 1.0
+    return _f1((Counter(predicted) & Counter(golden)).total(), predicted, golden)
+
+
+def set_overlap_f1(predicted: Sequence[str], golden: Sequence[str]) -> float:
+    """F1 as released: distinct common tokens over the lengths of the lists, repetitions included; in [0, 1]."""
+    return _f1(len(set(predicted) & set(golden)), predicted, golden)
+
+
+def _f1(overlap: int, predicted: Sequence[str], golden: Sequence[str]) -> float:
     if overlap == 0:
         return 0.0
     precision, recall = overlap / len(predicted), overlap / len(golden)
