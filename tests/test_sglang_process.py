@@ -122,3 +122,23 @@ def test_an_adapter_is_loaded_and_unloaded_with_the_same_checks(policy: Policy, 
             await process.unload_adapter("a")
 
     in_process(policy, core, work)
+
+
+def test_turns_use_the_adapter_that_was_loaded_last(
+    policy: Policy, core: FakeSglang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(engine: SGLangEngine) -> None:
+        process: Any = engine._backend
+        generate, used = process._manager.generate_request, []
+        monkeypatch.setattr(
+            process._manager, "generate_request", lambda order, _: used.append(order.lora_path) or generate(order, _)
+        )
+        ids, images = prompt(policy)
+        await engine.generate(ids, images, GREEDY)
+        await process.load_adapter("a", {"lora_A": torch.zeros(2)}, {"r": 2})
+        await engine.generate(ids, images, GREEDY)
+        await process.unload_adapter("a")
+        await engine.generate(ids, images, GREEDY)
+        assert used == [None, "a", None]
+
+    in_process(policy, core, work)

@@ -44,6 +44,7 @@ class SglangProcess:
         self._manager = launched.engine.tokenizer_manager
         self._bucket_bytes = bucket_bytes
         self._released = False
+        self._adapter: str | None = None
         self._closed = False
         self._image_hashes: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
@@ -101,6 +102,7 @@ class SglangProcess:
             return_logprob=True,
             return_prompt_token_ids=True,
             cache_salt=request.cache_salt,
+            lora_path=self._adapter,
         )
         try:
             return await self._while_alive(self._first_reply(order))
@@ -139,7 +141,9 @@ class SglangProcess:
             raise WeightUpdateError(f"SGLang keeps what version {version - 1} computed ({refusal})")
 
     async def load_adapter(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-        """Load a LoRA adapter from memory; needs ``enable_lora`` and ``max_lora_rank`` in ``engine_args``.
+        """Load a LoRA adapter from memory and generate with it from now on.
+
+        ``engine_args`` must hold ``enable_lora`` and ``max_lora_rank``.
 
         Args:
             tensors: by PEFT's names.
@@ -156,9 +160,10 @@ class SglangProcess:
         result = await self._while_alive(self._manager.load_lora_adapter_from_tensors(order))
         if not result.success:
             raise WeightUpdateError(f"SGLang refused adapter {name!r} ({result.error_message})")
+        self._adapter = name
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget a LoRA adapter.
+        """Forget a LoRA adapter; if it was the one in use, generate without any.
 
         Raises:
             WeightUpdateError: SGLang refused; it may not know the name.
@@ -168,6 +173,8 @@ class SglangProcess:
         result = await self._while_alive(self._manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=name)))
         if not result.success:
             raise WeightUpdateError(f"SGLang did not unload adapter {name!r} ({result.error_message})")
+        if self._adapter == name:
+            self._adapter = None
 
     async def close(self) -> None:
         """End SGLang's children and no others; calls that still wait end with ``EngineDied``."""

@@ -127,7 +127,8 @@ class FakeManager:
 # Fields of the request objects that ``sglang_process`` makes.
 REQUEST_FIELDS: dict[str, tuple[str, ...]] = {
     "GenerateReqInput": (
-        "rid", "input_ids", "image_data", "sampling_params", "return_logprob", "return_prompt_token_ids", "cache_salt"
+        "rid", "input_ids", "image_data", "sampling_params", "return_logprob", "return_prompt_token_ids", "cache_salt",
+        "lora_path",
     ),
     "BeginWeightUpdateReqInput": (),
     "EndWeightUpdateReqInput": (),
